@@ -1,0 +1,117 @@
+// The Python module hierkernels._native. Tensors come as Python objects with torch's interface; no torch header.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/attention/attention.h"
+#include "cpu/isa.h"
+#if defined(HIERKERNELS_CUDA)
+#include "cuda/launch.h"
+#endif
+
+namespace py = pybind11;
+using hierkernels::AttentionParams;
+using hierkernels::DType;
+using hierkernels::Tensor;
+
+namespace {
+
+PyObject* g_dtypes[6] = {};  // torch's dtype objects, in the order of DType
+
+DType dtype_of(const py::object& dtype) {
+  for (int i = 0; i < 6; ++i)
+    if (g_dtypes[i] == dtype.ptr()) return static_cast<DType>(i);
+  throw py::type_error("unsupported dtype " + std::string(py::str(dtype)));
+}
+
+Tensor tensor(const py::object& t) {
+  Tensor out;
+  if (t.is_none()) return out;
+  out.data = reinterpret_cast<void*>(t.attr("data_ptr")().cast<uintptr_t>());
+  out.dtype = dtype_of(t.attr("dtype"));
+  const py::tuple shape = t.attr("shape"), stride = t.attr("stride")();
+  out.ndim = static_cast<int>(shape.size());
+  if (out.ndim > 4) throw py::value_error("at most 4 dimensions");
+  for (int d = 0; d < out.ndim; ++d) {
+    out.size[d] = shape[d].cast<int64_t>();
+    out.stride[d] = stride[d].cast<int64_t>();
+  }
+  return out;
+}
+
+AttentionParams params(const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
+                       const py::object& mask, const py::object& padding, const py::object& seed,
+                       const std::array<int64_t, 10>& r, double scale, double softcap, double dropout_p) {
+  AttentionParams p;
+  p.q = tensor(q);
+  p.k = tensor(k);
+  p.v = tensor(v);
+  p.bias = tensor(bias).broadcast();
+  p.mask = tensor(mask).broadcast();
+  p.padding = tensor(padding).broadcast();
+  p.range = {{r[0], r[1], r[2], r[3], r[4]}, {r[5], r[6], r[7], r[8], r[9]}};
+  p.scale = scale;
+  p.softcap = softcap;
+  p.dropout_p = dropout_p;
+  if (!seed.is_none()) p.seed = static_cast<uint64_t>(*tensor(seed).as<int64_t>());
+  return p;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled kernels of hierkernels.";
+  m.def("set_dtypes", [](const py::tuple& dtypes) {
+    if (dtypes.size() != 6) throw py::value_error("6 dtypes expected");
+    for (int i = 0; i < 6; ++i) g_dtypes[i] = py::object(dtypes[i]).release().ptr();
+  });
+
+  m.def("cpu_isa", [] { return hierkernels::isa_name(hierkernels::active_isa()); });
+  m.def("set_cpu_isa", [](const std::string& name) {
+    if (!hierkernels::set_isa(name.c_str()))
+      throw py::value_error("no instruction set '" + name + "' on this machine");
+  });
+  m.def("cpu_isas", [] {
+    py::list names;
+    for (int i = 0; i <= static_cast<int>(hierkernels::detected_isa()); ++i)
+      names.append(hierkernels::isa_name(static_cast<hierkernels::Isa>(i)));
+    return names;
+  });
+
+  m.def("attention_forward",
+        [](const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
+           const py::object& mask, const py::object& padding, const py::object& seed,
+           const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
+           const py::object& out, const py::object& lse) {
+          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p);
+          p.out = tensor(out);
+          p.lse = tensor(lse);
+          py::gil_scoped_release release;
+          hierkernels::attention_forward(p);
+        });
+  m.def("attention_backward",
+        [](const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
+           const py::object& mask, const py::object& padding, const py::object& seed,
+           const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
+           const py::object& out, const py::object& lse, const py::object& dout, const py::object& dlse,
+           const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dbias) {
+          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p);
+          p.out = tensor(out);
+          p.lse = tensor(lse);
+          p.dout = tensor(dout);
+          p.dlse = tensor(dlse);
+          p.dq = tensor(dq);
+          p.dk = tensor(dk);
+          p.dv = tensor(dv);
+          p.dbias = tensor(dbias).broadcast();
+          py::gil_scoped_release release;
+          hierkernels::attention_backward(p);
+        });
+
+#if defined(HIERKERNELS_CUDA)
+  hierkernels::cuda::bind(m);
+#endif
+}

@@ -1,0 +1,29 @@
+// Key ranges: query i sees the keys lo(i) <= j < hi(i). See hierkernels/key_range.py for the definition.
+#pragma once
+#include <cstdint>
+
+namespace hierkernels {
+
+// bound(i) = clip(((i + shift) / step) * rise + offset, floor, n_keys), canonical: 0 <= shift < step.
+struct Staircase {
+  int64_t shift, step, rise, offset, floor;
+
+  int64_t at(int64_t i, int64_t n_keys) const {
+    int64_t x = (i + shift) / step * rise + offset;
+    if (x < floor) x = floor;
+    return x < n_keys ? x : n_keys;
+  }
+  // The smallest i in [0, n_queries] with at(i) >= x; 1 <= x <= n_keys.
+  int64_t first_reaching(int64_t x, int64_t n_queries) const {
+    if (x <= floor || x <= offset) return 0;
+    if (rise == 0) return n_queries;
+    const int64_t i = (x - offset + rise - 1) / rise * step - shift;
+    return i < 0 ? 0 : i < n_queries ? i : n_queries;
+  }
+};
+
+struct KeyRange {
+  Staircase lo, hi;
+};
+
+}  // namespace hierkernels

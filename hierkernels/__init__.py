@@ -1,0 +1,16 @@
+"""Fused kernels for hierarchical, local and sparse sequence models."""
+
+from hierkernels.dispatch import BACKENDS, use_backend
+from hierkernels.key_range import KeyRange, Staircase
+from hierkernels.ops.attention import attention, explain
+from hierkernels.version import __version__
+
+__all__ = [
+    "BACKENDS",
+    "KeyRange",
+    "Staircase",
+    "__version__",
+    "attention",
+    "explain",
+    "use_backend",
+]

@@ -1,0 +1,5 @@
+"""The torch.library namespace that all operators register in."""
+
+import torch
+
+LIBRARY = torch.library.Library("hierkernels", "FRAGMENT")

@@ -1,0 +1,255 @@
+"""hk.attention: checks the arguments, puts them in canonical form and calls the operator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+
+from hierkernels import dispatch
+from hierkernels.key_range import KeyRange
+from hierkernels.ops.attention import reference
+from hierkernels.ops.attention import schema as schema  # registers torch.ops.hierkernels.attention_*
+from hierkernels.ops.attention.call import AttentionCall
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, tokens, channels), got shape {tuple(t.shape)}"
+            )
+        if t.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+        if t.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q ({q.dtype}), got {t.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{name} must be on the device of q ({q.device}), got {t.device}")
+        if t.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} must have the batch size of q ({q.shape[0]}), got {t.shape[0]}")
+        if t.shape[3] == 0:
+            raise ValueError(f"{name} must have at least one channel, got shape {tuple(t.shape)}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have the channels of q ({q.shape[3]}), got {k.shape[3]}")
+    if v.shape[1:3] != k.shape[1:3]:
+        raise ValueError(
+            f"v must have the heads and tokens of k {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q must have a multiple of the heads of k and v, got {q.shape[1]} heads for {k.shape[1]}"
+        )
+
+
+def _check_broadcast(name: str, t: Any, full: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """t with four dimensions, each 1 or that of the scores."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.device != device:
+        raise ValueError(f"{name} must be on the device of q ({device}), got {t.device}")
+    if t.ndim > 4 or any(
+        size not in (1, want) for size, want in zip(reversed(t.shape), reversed(full), strict=False)
+    ):
+        raise ValueError(
+            f"{name} must broadcast to (batch, heads, queries, keys) = {full}, got shape {tuple(t.shape)}"
+        )
+    return t.reshape((1,) * (4 - t.ndim) + tuple(t.shape))
+
+
+def _check_window(window_size: Any) -> tuple[int | None, int | None]:
+    if window_size is None:
+        return None, None
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise ValueError(f"window_size must be (left, right) or None, got {window_size!r}")
+    for side in window_size:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"window_size must hold ints or None, got {window_size!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"window_size must not be negative (None = unlimited), got {window_size!r}")
+    return window_size[0], window_size[1]
+
+
+def _check_seed(seed: Any, q: torch.Tensor) -> torch.Tensor:
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=q.device)
+    if isinstance(seed, torch.Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != q.device:
+            raise ValueError("dropout_seed must be an int or one int64 element on the device of q")
+        return seed.reshape(())
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"dropout_seed must be an int or an int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"dropout_seed must fit 64 bits, got {seed}")
+    return torch.full((), seed, dtype=torch.int64, device=q.device)
+
+
+def _unit_stride(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def make_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    is_causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    attn_bias: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    key_range: KeyRange | None = None,
+) -> AttentionCall:
+    """Checks the arguments of hk.attention and returns them in canonical form."""
+    _check_qkv(q, k, v)
+    (B, H, Nq, D), Nk = q.shape, k.shape[2]
+    full = (B, H, Nq, Nk)
+    left, right = _check_window(window_size)
+    if key_range is None:
+        if is_causal:
+            right = 0
+        key_range = (
+            KeyRange.full(Nq, Nk) if left is None and right is None else KeyRange.window(Nq, Nk, left, right)
+        )
+    if attn_bias is not None:
+        attn_bias = _check_broadcast("attn_bias", attn_bias, full, q.device)
+        if attn_bias.dtype not in _FLOATS:
+            raise TypeError(
+                f"attn_bias must be a float tensor (use attn_mask for booleans), got {attn_bias.dtype}"
+            )
+    if attn_mask is not None:
+        attn_mask = _check_broadcast("attn_mask", attn_mask, full, q.device)
+        if attn_mask.dtype != torch.bool:
+            raise TypeError(f"attn_mask must be bool (True = may attend), got {attn_mask.dtype}")
+    if key_padding_mask is not None:
+        if tuple(key_padding_mask.shape) != (B, Nk):
+            raise ValueError(
+                f"key_padding_mask must have shape (batch, keys) = {(B, Nk)}, "
+                f"got {tuple(key_padding_mask.shape)}"
+            )
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask must be bool (True = real token), got {key_padding_mask.dtype}")
+        if key_padding_mask.device != q.device:
+            raise ValueError(f"key_padding_mask must be on the device of q, got {key_padding_mask.device}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    if scale is None:
+        scale = D**-0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return AttentionCall(
+        _unit_stride(q), _unit_stride(k), _unit_stride(v), attn_bias, attn_mask, key_padding_mask,
+        _check_seed(dropout_seed, q) if dropout_p else None,
+        key_range.canonical(), scale, softcap or 0.0, dropout_p,
+    )  # fmt: skip
+
+
+def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of a call, on the backend that is asked for."""
+    name = dispatch.requested_backend(backend)
+    if name == "reference":  # plain PyTorch operations: differentiable any number of times
+        return reference.attention(call)
+    return torch.ops.hierkernels.attention_forward(
+        call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed,
+        call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p, name,
+    )  # fmt: skip
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = False, **options: Any
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True], **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    is_causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    attn_bias: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Scaled dot-product attention, softmax(scale * q k^T + bias) v over the visible keys.
+
+    Args:
+        q: queries (B, Hq, Nq, D): float32, bfloat16, float16 or float64, any strides.
+        k: keys (B, Hkv, Nk, D); query head h uses key/value head h // (Hq / Hkv).
+        v: values (B, Hkv, Nk, Dv).
+        is_causal: query i sees keys up to i + Nk - Nq (aligned at the last token).
+        window_size: (left, right): the keys from `left` before to `right` after that position, both
+            inclusive; None on a side = unlimited. With is_causal, right is 0.
+        attn_bias: float, broadcastable to (B, Hq, Nq, Nk), added to the scaled scores; differentiable,
+            its gradient is summed over the broadcast dimensions.
+        attn_mask: bool, broadcastable to (B, Hq, Nq, Nk), True = may attend.
+        key_padding_mask: bool (B, Nk), True = real token.
+        dropout_p: probability, in [0, 1), that an attention weight is dropped.
+        dropout_seed: int or int64 tensor; None draws one from PyTorch's generator. The mask depends only
+            on (seed, batch, head, query, key), so every backend drops the same weights.
+        softcap: c > 0 replaces the scaled scores s by c * tanh(s / c), before the bias.
+        scale: of the scores; None = D ** -0.5.
+        return_lse: also return the log-sum-exp of the scores (B, Hq, Nq), float32, differentiable.
+        backend: "cuda", "triton", "cpu" or "reference"; None = the fastest supported.
+
+    Returns:
+        out (B, Hq, Nq, Dv) in the dtype of q, or (out, lse). A query that sees no key has out 0,
+        lse -inf and gradient 0. Gradients are bitwise repeatable.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, value, dtype or device.
+        NotImplementedError: the backend asked for does not support the call; lists the reasons.
+
+    Equivalent to (no window, dropout or softcap):
+        p = softmax(q @ k.mT * scale + attn_bias masked to -inf, dim=-1); out = p @ v
+
+    Source: Dao et al., "FlashAttention" (2022), for the algorithm.
+    """
+    q, k, v = _autocast(q, k, v)
+    call = make_call(
+        q, k, v, is_causal=is_causal, window_size=window_size, attn_bias=attn_bias, attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask, dropout_p=dropout_p, dropout_seed=dropout_seed, softcap=softcap,
+        scale=scale,
+    )  # fmt: skip
+    out, lse = run(call, backend)
+    return (out, lse) if return_lse else out
+
+
+def explain(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> dispatch.Choice:
+    """The backend that `op` ("attention") would use for these arguments, and why others refuse.
+
+    Raises ValueError for an unknown op, and whatever the op itself would raise.
+    """
+    if op != "attention":
+        raise ValueError(f"op must be one of attention, got {op!r}")
+    backend = options.pop("backend", None)
+    options.pop("return_lse", None)
+    call = make_call(*_autocast(q, k, v), **options)
+    return dispatch.survey(op, call, dispatch.requested_backend(backend))

@@ -1,0 +1,60 @@
+"""One attention call in canonical form: what every backend receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hierkernels.key_range import KeyRange
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The arguments of one call; shapes are checked, broadcastable tensors have four dimensions."""
+
+    q: torch.Tensor  # (B, Hq, Nq, D), last stride 1
+    k: torch.Tensor  # (B, Hkv, Nk, D), last stride 1
+    v: torch.Tensor  # (B, Hkv, Nk, Dv), last stride 1
+    bias: torch.Tensor | None  # (B|1, Hq|1, Nq|1, Nk|1), float
+    mask: torch.Tensor | None  # (B|1, Hq|1, Nq|1, Nk|1), bool, True = may attend
+    padding: torch.Tensor | None  # (B, Nk), bool, True = real token
+    seed: torch.Tensor | None  # () int64; given iff dropout_p > 0
+    key_range: KeyRange  # canonical
+    scale: float
+    softcap: float  # 0 = none
+    dropout_p: float
+
+    @property
+    def device_type(self) -> str:
+        return self.q.device.type
+
+    @property
+    def lse_dtype(self) -> torch.dtype:
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def group(self) -> int:
+        """Query heads for each key/value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    def new_outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uninitialised (out, lse); out takes over q's order of heads and tokens in memory."""
+        B, H, N, _ = self.q.shape
+        Dv = self.v.shape[-1]
+        if self.q.stride(1) < self.q.stride(2):
+            out = self.q.new_empty(B, N, H, Dv).transpose(1, 2)
+        else:
+            out = self.q.new_empty(B, H, N, Dv)
+        return out, self.q.new_empty(B, H, N, dtype=self.lse_dtype)
+
+    def new_gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Uninitialised (dq, dk, dv), in the memory order of q, k and v, last stride 1."""
+
+        def like(t: torch.Tensor) -> torch.Tensor:
+            B, H, N, D = t.shape
+            if t.stride(1) < t.stride(2):
+                return t.new_empty(B, N, H, D).transpose(1, 2)
+            return t.new_empty(B, H, N, D)
+
+        return like(self.q), like(self.k), like(self.v)

@@ -1,0 +1,58 @@
+"""Attention on the CPU: the compiled key-range kernels of csrc/cpu/attention."""
+
+from __future__ import annotations
+
+import torch
+
+from hierkernels.native import native, native_error
+from hierkernels.ops.attention.call import AttentionCall
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_DIM = 512
+
+
+def supports(call: AttentionCall) -> list[str]:
+    """Why the CPU kernels cannot compute this call; empty if they can."""
+    reasons = []
+    if call.device_type != "cpu":
+        reasons.append(f"q is on a {call.device_type} device, the cpu backend needs CPU tensors")
+    if native() is None:
+        reasons.append(f"the compiled kernels are missing: {native_error()}")
+    if call.q.dtype not in _DTYPES:
+        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16, float64")
+    if max(call.q.shape[-1], call.v.shape[-1]) > MAX_DIM:
+        reasons.append(f"head channels above {MAX_DIM}")
+    return reasons
+
+
+def _problem(call: AttentionCall) -> tuple:
+    return (
+        call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed,
+        call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p,
+    )  # fmt: skip
+
+
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse)."""
+    out, lse = call.new_outputs()
+    native().attention_forward(*_problem(call), out, lse)
+    return out, lse
+
+
+def backward(
+    call: AttentionCall,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    bias_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dq, dk, dv, dbias or None)."""
+    dq, dk, dv = call.new_gradients()
+    dbias = None
+    if bias_grad:
+        assert call.bias is not None
+        dbias = torch.zeros(call.bias.shape, dtype=call.lse_dtype)
+    dlse = dlse.contiguous() if dlse is not None else None
+    native().attention_backward(*_problem(call), out, lse, dout, dlse, dq, dk, dv, dbias)
+    return dq, dk, dv, dbias

@@ -1,0 +1,142 @@
+"""Builds hierkernels._native: C++ and CUDA compiled by ninja, bound by pybind11, without torch.
+
+Environment: HIERKERNELS_BUILD_CPU and HIERKERNELS_BUILD_CUDA = auto | 0 | 1 (1: fail if impossible),
+CXX, NVCC, TORCH_CUDA_ARCH_LIST (such as "8.0;9.0a"), MAX_JOBS.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# A file named *_<level>.cpp is compiled for that instruction set; all others for the baseline.
+LEVEL_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+}
+LEVEL_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
+LEVEL_FLAGS["amx"] = [*LEVEL_FLAGS["avx512"], "-mavx512bf16"]
+# No -ffast-math: linking with it sets flush-to-zero for the whole process.
+CXX_FLAGS = [
+    "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno",
+    "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-ignored-attributes",
+    "-Wno-psabi",
+]  # fmt: skip
+NVCC_FLAGS = ["-std=c++20", "-O3", "--use_fast_math", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+DEFAULT_ARCHS = "8.0;9.0a;10.0a"
+
+
+def wanted(name: str) -> str:
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name} must be auto, 0 or 1, got {value!r}")
+    return value
+
+
+def find_tool(setting: str, variables: tuple[str, ...], names: tuple[str, ...]) -> str | None:
+    """The tool's path; None if switched off or, with auto, not found."""
+    choice = wanted(setting)
+    if choice == "0":
+        return None
+    candidates = [os.environ[v] for v in variables if os.environ.get(v)] + list(names)
+    for candidate in candidates:
+        found = shutil.which(candidate)
+        if found:
+            return found
+    if choice == "1":
+        raise SystemExit(f"{setting}=1, but none of {', '.join(candidates)} was found")
+    return None
+
+
+def cuda_architectures() -> list[str]:
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+    flags = []
+    for name in names.replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if name.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def quote(value: object) -> str:
+    return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja_file(cxx: str, nvcc: str | None, build: Path, target: Path) -> str:
+    import pybind11
+
+    # The interpreter's and pybind11's headers are not ours to warn about.
+    includes = [f"-isystem {quote(p)}" for p in (sysconfig.get_paths()["include"], pybind11.get_include())]
+    defines = ["-DHIERKERNELS_X86"] if X86 else []
+    if nvcc:
+        defines.append("-DHIERKERNELS_CUDA")
+    common = " ".join([*defines, *includes])
+    lines = [
+        "ninja_required_version = 1.5",
+        f"rule cxx\n  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} {common} $flags -c $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc\n  description = C++ $in",
+        f"rule link\n  command = {cxx} -shared -fopenmp $in -o $out $libs\n  description = link $out",
+    ]
+    if nvcc:
+        nvcc_flags = " ".join([*NVCC_FLAGS, *cuda_architectures()])
+        lines.append(
+            f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {nvcc_flags} {common} -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in"
+        )
+    objects = []
+    for source in sorted(CSRC.rglob("*.cpp")) + (sorted(CSRC.rglob("*.cu")) if nvcc else []):
+        level = source.stem.rsplit("_", 1)[-1]
+        if level in LEVEL_FLAGS and not X86:
+            continue
+        if "cuda" in source.relative_to(CSRC).parts and not nvcc:
+            continue
+        obj = build / source.relative_to(CSRC).with_suffix(".o")
+        rule = "nvcc" if source.suffix == ".cu" else "cxx"
+        lines.append(f"build {quote(obj)}: {rule} {quote(source)}")
+        if level in LEVEL_FLAGS:
+            lines.append(f"  flags = {' '.join(LEVEL_FLAGS[level])}")
+        objects.append(quote(obj))
+    lines.append(f"build {quote(target)}: link {' '.join(objects)}")
+    if nvcc:
+        lib = Path(nvcc).resolve().parent.parent / "lib64"
+        lines.append(f"  libs = -L{quote(lib)} -lcudart_static -lrt -lpthread -ldl")
+    return "\n".join([*lines, f"default {quote(target)}", ""])
+
+
+class NinjaBuild(build_ext):
+    """Compiles everything with one ninja run; without a compiler the package goes without a core."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cxx = find_tool("HIERKERNELS_BUILD_CPU", ("CXX",), ("g++", "c++", "clang++"))
+        if cxx is None:
+            print("hierkernels: no C++ compiler: installing the reference and Triton backends only")
+            return
+        nvcc = find_tool("HIERKERNELS_BUILD_CUDA", ("NVCC",), ("nvcc", "/usr/local/cuda/bin/nvcc"))
+        build = Path(self.build_temp).resolve()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(ninja_file(cxx, nvcc, build, target))
+        command = [sys.executable, "-m", "ninja", "-C", str(build)]
+        if jobs := os.environ.get("MAX_JOBS"):
+            command += ["-j", jobs]
+        subprocess.run(command, check=True)
+
+
+setup(
+    ext_modules=[Extension("hierkernels._native", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+)
