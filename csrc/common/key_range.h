@@ -9,7 +9,7 @@ struct Staircase {
   int64_t shift, step, rise, offset, floor;
 
   int64_t at(int64_t i, int64_t n_keys) const {
-    int64_t x = (i + shift) / step * rise + offset;
+    int64_t x = (step == 1 ? i + shift : (i + shift) / step) * rise + offset;  // most steps are 1, division is slow
     if (x < floor) x = floor;
     return x < n_keys ? x : n_keys;
   }

@@ -1,0 +1,219 @@
+// AMX tiles and the bfloat16 layouts they multiply. Included by *_amx.cpp only.
+//
+// C (16 x 16 floats) += A (16 rows x 32 bf16) * B (32 x 16): A lies as 16 rows of 64 bytes, B as 16 rows of
+// 64 bytes in which row p holds the pairs (2p, 2p + 1) of all 16 columns.
+//
+// g++ 12's _tile_loadconfig names only part of its operand and _tile_loadd lacks a memory clobber, so that
+// stores may move past a load; hence the assembly here.
+#pragma once
+#include "../scratch.h"
+#include "../simd.h"
+
+namespace hierkernels::amx {
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int kTile = 512;      // bf16 elements of an A or B tile
+constexpr int kTileC = 256;     // floats of a C tile
+constexpr float kLog2ef = 1.4426950408889634f;
+constexpr float kLn2f = 0.6931471805599453f;
+
+// ---- buffers ----
+
+// ScratchLayout in elements.
+struct TypedLayout : ScratchLayout {
+  template <class T>
+  size_t add(int64_t count) {
+    return ScratchLayout::add(static_cast<size_t>(count) * sizeof(T));
+  }
+  template <class T>
+  static T* at(char* base, size_t offset) {
+    return reinterpret_cast<T*>(base + offset);
+  }
+};
+
+// ---- tiles ----
+
+struct alignas(64) TileConfig {
+  uint8_t bytes[64];
+};
+
+// All eight tiles 16 rows of 64 bytes. Once for each thread and parallel region; released at its end.
+struct TileSession {
+  TileSession() {
+    TileConfig config{};
+    config.bytes[0] = 1;
+    for (int t = 0; t < 8; ++t) {
+      config.bytes[16 + 2 * t] = 64;
+      config.bytes[48 + t] = 16;
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+  }
+  ~TileSession() { asm volatile("tilerelease" ::: "memory"); }
+  TileSession(const TileSession&) = delete;
+};
+
+template <int T>
+HK_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+template <int T>
+HK_INLINE void tile_load(const void* p, int64_t stride_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride_bytes), "i"(T) : "memory");
+}
+template <int T>
+HK_INLINE void tile_store(void* p, int64_t stride_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride_bytes), "i"(T) : "memory");
+}
+template <int C, int A, int B>
+HK_INLINE void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+// ---- numbers ----
+
+// 2^x to 1e-4 relative, enough for a bfloat16 result. vscalef takes floor(x) itself and sends -inf to 0.
+HK_INLINE __m512 exp2_bf16(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, 1);  // x - floor(x)
+  __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.0790199f), _mm512_set1_ps(0.2241265f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6968362f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.9998968f));
+  return _mm512_scalef_ps(p, x);
+}
+HK_INLINE __m512i to_bf16(__m512 low, __m512 high) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+HK_INLINE __m512 from_bf16(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+HK_INLINE __mmask32 first_lanes32(int64_t n) {
+  return n >= 32 ? 0xffffffffu : n <= 0 ? 0u : (1u << n) - 1u;
+}
+HK_INLINE __mmask16 first_lanes16(int64_t n) {
+  return n >= 16 ? 0xffffu : n <= 0 ? 0u : static_cast<__mmask16>((1u << n) - 1u);
+}
+
+// ---- packing ----
+
+HK_INLINE void transpose16(__m512i r[16]) {  // 16 x 16 dwords
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+alignas(64) constexpr uint16_t kPairLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                               8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+alignas(64) constexpr uint16_t kPairHigh[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+
+// 32 channels of a row from channel d on; those at or above dim read as 0.
+HK_INLINE __m512i load_channels(const bf16* row, int d, int dim) {
+  return dim - d >= 32 ? _mm512_loadu_si512(row + d)
+                       : _mm512_maskz_loadu_epi16(first_lanes32(dim - d), row + d);
+}
+
+// Rows as columns of B = X^T (contraction over channels): 16 rows -> steps tiles, [step][pair of channels][row].
+// row(i) is the address of row i, i < n; the rest are zeros.
+template <class Row>
+HK_INLINE void pack_transposed(Row row, int n, int dim, int steps, bf16* out) {
+  for (int s = 0; s < steps; ++s) {
+    __m512i r[16];
+    for (int i = 0; i < 16; ++i) r[i] = i < n ? load_channels(row(i), 32 * s, dim) : _mm512_setzero_si512();
+    transpose16(r);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(out + s * kTile + i * 32, r[i]);
+  }
+}
+
+// Rows as B = X (contraction over rows): 32 rows -> 2 * steps tiles, [16 channels][pair of rows][channel].
+template <class Row>
+HK_INLINE void pack_rows(Row row, int n, int dim, int steps, bf16* out) {
+  const __m512i low = _mm512_load_si512(kPairLow), high = _mm512_load_si512(kPairHigh);
+  for (int p = 0; p < 16; ++p)
+    for (int s = 0; s < steps; ++s) {
+      bf16* tile = out + 2 * s * kTile + p * 32;
+      if (2 * p >= n) {
+        _mm512_store_si512(tile, _mm512_setzero_si512());
+        _mm512_store_si512(tile + kTile, _mm512_setzero_si512());
+        continue;
+      }
+      const __m512i a = load_channels(row(2 * p), 32 * s, dim);
+      const __m512i b = 2 * p + 1 < n ? load_channels(row(2 * p + 1), 32 * s, dim) : _mm512_setzero_si512();
+      _mm512_store_si512(tile, _mm512_permutex2var_epi16(a, low, b));
+      _mm512_store_si512(tile + kTile, _mm512_permutex2var_epi16(a, high, b));
+    }
+}
+
+// One row copied and padded with zeros to 32 * steps channels, its sign bits flipped by `flip` (0 or 0x8000).
+HK_INLINE void copy_row(const bf16* row, int dim, int steps, __m512i flip, bf16* out) {
+  for (int s = 0; s < steps; ++s)
+    _mm512_store_si512(out + 32 * s, _mm512_xor_si512(load_channels(row, 32 * s, dim), flip));
+}
+
+HK_INLINE void zero_row(int steps, bf16* out) {
+  for (int s = 0; s < steps; ++s) _mm512_store_si512(out + 32 * s, _mm512_setzero_si512());
+}
+
+// ---- products ----
+
+// Where the C tiles of a product lie: rows `stride` floats apart, the next tile down and right further on.
+struct TileGrid {
+  float* base;
+  int64_t stride, down, right;
+};
+
+// C (RT x CT tiles) (+)= A (16 RT rows) * B over `count` steps of 32.
+// A: rows a_stride bf16 apart, the second row tile a_down on, the next step a_step on.
+// B: the second column tile b_right on, the next step b_step on.
+template <int RT, int CT>
+HK_INLINE void accumulate(const TileGrid& c, bool first, const bf16* a, int64_t a_stride, int64_t a_down,
+                          int64_t a_step, const bf16* b, int64_t b_right, int64_t b_step, int count) {
+  static_assert(RT <= 2 && CT <= 2);
+  const int64_t c_bytes = c.stride * 4, a_bytes = a_stride * 2;
+  if (first) {
+    tile_zero<0>();
+    if constexpr (CT > 1) tile_zero<1>();
+    if constexpr (RT > 1) tile_zero<2>();
+    if constexpr (RT > 1 && CT > 1) tile_zero<3>();
+  } else {
+    tile_load<0>(c.base, c_bytes);
+    if constexpr (CT > 1) tile_load<1>(c.base + c.right, c_bytes);
+    if constexpr (RT > 1) tile_load<2>(c.base + c.down, c_bytes);
+    if constexpr (RT > 1 && CT > 1) tile_load<3>(c.base + c.down + c.right, c_bytes);
+  }
+  for (int s = 0; s < count; ++s, a += a_step, b += b_step) {
+    tile_load<6>(b, 64);
+    tile_load<4>(a, a_bytes);
+    tile_dot<0, 4, 6>();
+    if constexpr (CT > 1) tile_load<7>(b + b_right, 64), tile_dot<1, 4, 7>();
+    if constexpr (RT > 1) tile_load<5>(a + a_down, a_bytes), tile_dot<2, 5, 6>();
+    if constexpr (RT > 1 && CT > 1) tile_dot<3, 5, 7>();
+  }
+  tile_store<0>(c.base, c_bytes);
+  if constexpr (CT > 1) tile_store<1>(c.base + c.right, c_bytes);
+  if constexpr (RT > 1) tile_store<2>(c.base + c.down, c_bytes);
+  if constexpr (RT > 1 && CT > 1) tile_store<3>(c.base + c.down + c.right, c_bytes);
+}
+
+}  // namespace
+}  // namespace hierkernels::amx

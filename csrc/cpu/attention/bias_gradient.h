@@ -1,0 +1,62 @@
+// The gradient of an additive bias: a sum over its broadcast dimensions, the same from run to run.
+//
+// A task is a key/value head of a batch entry. Where no two tasks share an element of the bias, they add to it
+// directly; else each thread, which takes the same tasks every time, adds to a copy of its own, and the copies
+// are added in order at the end.
+#pragma once
+#include "../scratch.h"
+#include "../simd.h"
+#include "attention.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+template <class F>
+class BiasGradient {
+ public:
+  BiasGradient(const AttentionParams& p, int threads) : t_(p.dbias), copies_(1) {
+    if (!t_) return;
+    size_ = 1;
+    for (int d = 0; d < 4; ++d) size_ *= t_.size[d];
+    const bool shared = (p.batch() > 1 && t_.stride[0] == 0) || (p.kv_heads() > 1 && t_.stride[1] == 0);
+    if (!shared || threads == 1) return;
+    copies_ = threads;
+    copies_data_ = reinterpret_cast<F*>(thread_scratch(ScratchUse::kBias, static_cast<size_t>(size_) * copies_ * sizeof(F)));
+    memset(copies_data_, 0, static_cast<size_t>(size_) * copies_ * sizeof(F));
+  }
+
+  // The sums of a thread.
+  F* of_thread(int thread) const { return copies_ > 1 ? copies_data_ + thread * size_ : t_.as<F>(); }
+
+  // sums[b, h, i, j0 .. j0 + n) += row.
+  void add_row(F* sums, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, const F* row) const {
+    F* to = sums + b * t_.stride[0] + h * t_.stride[1] + i * t_.stride[2];
+    if (t_.stride[3] == 0) {
+      F sum = 0;
+      for (int64_t j = 0; j < n; ++j) sum += row[j];
+      *to += sum;
+      return;
+    }
+    to += j0;  // contiguous
+    for (int64_t j = 0; j < n; ++j) to[j] += row[j];
+  }
+
+  // After all tasks, outside of the parallel region.
+  void finish() const {
+    if (copies_ == 1) return;
+    F* to = t_.as<F>();
+    for (int c = 0; c < copies_; ++c)
+      for (int64_t i = 0; i < size_; ++i) to[i] += copies_data_[c * size_ + i];
+  }
+
+ private:
+  Tensor t_;
+  int copies_;
+  int64_t size_ = 0;
+  F* copies_data_ = nullptr;
+};
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

@@ -1,0 +1,162 @@
+// The forward kernel: blocks of packed rows, tiles of keys, online softmax in base 2.
+#pragma once
+#include <omp.h>
+
+#include <new>
+
+#include "../scratch.h"
+#include "softmax.h"
+#include "storage.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// Channels above which tiles have half the rows.
+constexpr int kWideChannels = 256;
+inline int tile_rows(const AttentionParams& p) {
+  return p.dim() > kWideChannels || p.dim_v() > kWideChannels ? kTileRows / 2 : kTileRows;
+}
+inline int tile_keys(const AttentionParams& p) {
+  const int64_t keys = p.n_keys() < kTileKeys ? p.n_keys() : kTileKeys;
+  return keys < 1 ? 1 : static_cast<int>(keys);
+}
+// Tasks a thread takes at once: few if they are long and may differ, many if there are many.
+inline int tasks_at_once(int64_t tasks) {
+  const int64_t each = tasks / (omp_get_max_threads() * int64_t{32});
+  return each < 1 ? 1 : each > 256 ? 256 : static_cast<int>(each);
+}
+
+template <class F>
+class Forward {
+ public:
+  Forward(const AttentionParams& p, const Storage<F>& storage)
+      : p_(p), storage_(storage), blocks_{p.n_queries() * p.group(), tile_rows(p)},
+        dim_(static_cast<int>(p.dim())), dim_v_(static_cast<int>(p.dim_v())) {
+    constexpr int W = kWidth<F>;
+    const int keys = round_up(tile_keys(p), W);
+    const int rows = blocks_.rows < blocks_.size ? static_cast<int>(blocks_.rows) : blocks_.size;
+    panel_ = keys < kPanel<F> ? keys : kPanel<F>;
+    stride_ = keys + W;
+    padded_ = round_up(dim_, W);
+    padded_v_ = round_up(dim_v_, W);
+    const Rows q = rows_of(p.q, storage, 0, 0, p.group());
+    q_in_place_ = storage.native && q.uniform_stride(p.n_queries()) != 0;
+    v_in_place_ = storage.native && dim_v_ % W == 0;
+
+    const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
+    tile_at_ = layout_.add(sizeof(TileRows));
+    scores_at_ = part(static_cast<int64_t>(rows) * stride_);
+    out_at_ = part(static_cast<int64_t>(rows) * padded_v_);
+    k_at_ = part(static_cast<int64_t>(round_up(keys, panel_)) * padded_);
+    v_at_ = part(v_in_place_ ? 0 : static_cast<int64_t>(keys) * padded_v_);
+    q_at_ = part(q_in_place_ ? 0 : static_cast<int64_t>(rows) * padded_);
+    rows_at_ = part(4 * kTileRows);
+    keep_at_ = part(kTileKeys);
+    additive_at_ = part(TileModifiers<F>::additive_rows(p) * kTileKeys);
+  }
+
+  void run() {
+    const int64_t blocks = blocks_.count(), tasks = p_.batch() * p_.kv_heads() * blocks;
+    if (tasks == 0) return;
+    const int at_once = tasks_at_once(tasks);
+#pragma omp parallel
+    {
+      Work w(*this, thread_scratch(ScratchUse::kTask, layout_.total()));
+      // The heads in turn, the last (with a causal range: the longest) block of rows first.
+#pragma omp for schedule(dynamic, at_once)
+      for (int64_t t = 0; t < tasks; ++t) block(w, t / blocks, blocks - 1 - t % blocks);
+    }
+  }
+
+ private:
+  // What a thread works with.
+  struct Work {
+    TileRows& tile;
+    F *scores, *out, *k, *v, *q, *max_of, *sum_of, *rescale, *inverse, *keep;
+    TileModifiers<F> modifiers;
+
+    Work(const Forward& f, char* scratch)
+        : tile(*new (scratch + f.tile_at_) TileRows), scores(f.at(scratch, f.scores_at_)),
+          out(f.at(scratch, f.out_at_)), k(f.at(scratch, f.k_at_)), v(f.at(scratch, f.v_at_)),
+          q(f.at(scratch, f.q_at_)), max_of(f.at(scratch, f.rows_at_)), sum_of(max_of + kTileRows),
+          rescale(sum_of + kTileRows), inverse(rescale + kTileRows), keep(f.at(scratch, f.keep_at_)),
+          modifiers(f.p_, f.at(scratch, f.additive_at_)) {}
+  };
+  F* at(char* scratch, size_t offset) const { return reinterpret_cast<F*>(scratch + offset); }
+
+  void block(Work& w, int64_t sequence, int64_t block_index) const {
+    const int64_t b = sequence / p_.kv_heads(), kv_head = sequence % p_.kv_heads(), group = p_.group();
+    const int64_t first = blocks_.first(block_index);
+    const Rows q_rows = rows_of(p_.q, storage_, b, kv_head, group);
+    const Rows k_rows = rows_of(p_.k, storage_, b, kv_head, 1), v_rows = rows_of(p_.v, storage_, b, kv_head, 1);
+    TileRows& tile = w.tile;
+    tile.set_rows(p_.range, first, blocks_.rows_of(block_index), group, p_.n_keys());
+
+    const F* q = w.q;
+    int64_t q_stride = padded_;
+    if (q_in_place_) {
+      q_stride = q_rows.uniform_stride(p_.n_queries());
+      q = reinterpret_cast<const F*>(q_rows.data) + first * q_stride;
+    } else {
+      storage_.load(q_rows, first, tile.n, dim_, w.q, padded_);
+    }
+    const F hidden = -static_cast<F>(__builtin_inff());
+    for (int r = 0; r < tile.n; ++r) {
+      w.max_of[r] = hidden;
+      w.sum_of[r] = F(0);
+    }
+
+    Update update = Update::kStore;
+    for (int64_t key = tile.keys_begin; key < tile.keys_end; key += kTileKeys) {
+      const int64_t left = tile.keys_end - key;
+      const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
+      tile.set_keys(key, keys);
+      w.modifiers.set_tile(b, kv_head, tile);
+      storage_.transpose(k_rows, key, keys, dim_, score_factor<F>(p_), w.k, panel_);
+      const F* v = w.v;
+      int64_t v_stride = padded_v_;
+      if (v_in_place_) {
+        v_stride = v_rows.token_stride;
+        v = reinterpret_cast<const F*>(v_rows.data) + key * v_stride;
+      } else {
+        storage_.load(v_rows, key, keys, dim_v_, w.v, padded_v_);
+      }
+      multiply_scores(tile, q, q_stride, w.k, panel_, dim_, w.scores, stride_);
+      softmax_tile(tile, w.modifiers, w.scores, stride_, w.keep, w.max_of, w.sum_of, w.rescale);
+      multiply_rows(tile, w.scores, stride_, v, v_stride, dim_v_, w.out, padded_v_, update, w.rescale);
+      update = Update::kRescale;
+    }
+    if (update == Update::kStore) clear(w.out, 0, tile.n * padded_v_);
+    finish(w, b, kv_head);
+  }
+
+  void finish(Work& w, int64_t b, int64_t kv_head) const {
+    constexpr int W = kWidth<F>;
+    const TileRows& tile = w.tile;
+    for (int r = 0; r < tile.n; r += W) {
+      const Vec<F> sum = load(w.sum_of + r);
+      const Vec<F> empty = set1(-static_cast<F>(__builtin_inff()));
+      const Mask<F> none = sum == F(0);
+      store(w.inverse + r, select(none, zero<F>(), F(1) / sum));
+      store(w.max_of + r, select(none, empty, (load(w.max_of + r) + log2(sum)) * static_cast<F>(kLn2)));
+    }
+    const Rows out_rows = rows_of(p_.out, storage_, b, kv_head, p_.group());
+    storage_.store(out_rows, tile.first, tile.n, dim_v_, w.out, padded_v_, w.inverse, 1);
+    F* lse = p_.lse.as<F>() + (b * p_.heads() + kv_head * p_.group()) * p_.n_queries();
+    for (int r = 0; r < tile.n; ++r) lse[tile.head[r] * p_.n_queries() + tile.query[r]] = w.max_of[r];
+  }
+
+  const AttentionParams& p_;
+  const Storage<F>& storage_;
+  RowBlocks blocks_;
+  int dim_, dim_v_, padded_, padded_v_, panel_;
+  int64_t stride_;  // of rows of scores
+  bool q_in_place_, v_in_place_;
+  ScratchLayout layout_;
+  size_t tile_at_, scores_at_, out_at_, k_at_, v_at_, q_at_, rows_at_, keep_at_, additive_at_;
+};
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

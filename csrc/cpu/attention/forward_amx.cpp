@@ -1,0 +1,468 @@
+// bfloat16 attention forward with AMX.
+//
+// A task is 128 packed rows of one key/value head: row r is query r / G of head r % G of its group. For each
+// block of 128 keys, and each strip of 32 rows in it: scores S = Q K^T by tiles into a buffer that stays in L1,
+// softmax numerators P by rows, O += P V by tiles. K and V are packed once a key/value head when several tasks
+// share them, else block by block inside the task.
+//
+// The phases are not interleaved: AMX and 512-bit FMA hardly overlap on the machines at hand.
+#include <omp.h>
+
+#include <cmath>
+#include <cstring>
+
+#define HK_ISA amx
+#include "../scratch.h"
+#include "../simd.h"
+#include "../simd_math.h"
+#include "amx_tiles.h"
+#include "attention.h"
+#include "score_modifiers.h"
+
+namespace hierkernels::amx {
+namespace {
+
+constexpr int kRows = 128;                // rows of a task
+constexpr int kKeys = 128;                // keys of a block
+constexpr int kStrip = 32;                // rows that share a score buffer
+constexpr int kScoreStride = kKeys + 16;  // padded against 4K aliasing
+constexpr int kProbStride = kKeys + 32;
+// The maximum of a row is raised only when a score exceeds it by 2^8: a rescaled accumulator is rare, and
+// bfloat16 probabilities lose nothing.
+constexpr float kSlack = 8.f;
+constexpr float kLowest = -3e38f;  // the maximum before any key: finite, so that -inf - max is never NaN
+constexpr int64_t kSharedPackBytes = 256 << 20;
+
+// ---- scores: 16 rows x 16 NT keys ----
+
+// Accumulators rotate, and a tile is stored kAcc - 1 steps after its last product: storing a tile that is
+// still being computed would block the loads behind it.
+template <int KS>
+struct ScoreTiles {
+  static constexpr int kAcc = KS <= 3 ? 4 : 3;
+
+  template <int N, int Step>
+  static HK_INLINE void multiply(const bf16* b) {
+    // Two registers for B where they are free.
+    constexpr int kB = KS == 1 ? 5 + Step % 3 : KS == 2 ? 6 + Step % 2 : KS == 3 ? 7 : 3;
+    tile_load<kB>(b + (N * KS + Step) * kTile, 64);
+    tile_dot<N % kAcc, 4 + Step, kB>();
+  }
+  template <int N, int... Step>
+  static HK_INLINE void column(const bf16* b, float* s, std::integer_sequence<int, Step...>) {
+    tile_zero<N % kAcc>();
+    (multiply<N, Step>(b), ...);
+    if constexpr (N >= kAcc - 1) tile_store<(N + 1) % kAcc>(s + (N - kAcc + 1) * 16, kScoreStride * 4);
+  }
+  template <int N, int NT>
+  static HK_INLINE void flush(float* s) {
+    if constexpr (N < NT) {
+      if constexpr (N >= 0) tile_store<N % kAcc>(s + N * 16, kScoreStride * 4);
+      flush<N + 1, NT>(s);
+    }
+  }
+  template <int... N>
+  static void run(const bf16* a, int64_t a_bytes, const bf16* b, float* s, std::integer_sequence<int, N...>) {
+    tile_load<4>(a, a_bytes);
+    if constexpr (KS > 1) tile_load<5>(a + 32, a_bytes);
+    if constexpr (KS > 2) tile_load<6>(a + 64, a_bytes);
+    if constexpr (KS > 3) tile_load<7>(a + 96, a_bytes);
+    (column<N>(b, s, std::make_integer_sequence<int, KS>{}), ...);
+    flush<static_cast<int>(sizeof...(N)) - (kAcc - 1), sizeof...(N)>(s);
+  }
+};
+
+// More than four steps of 32 channels: the rows do not stay in registers.
+template <int N>
+HK_INLINE void long_column(const bf16* a, int64_t a_bytes, const bf16* b, int steps, float* s) {
+  tile_zero<N % 4>();
+  for (int step = 0; step < steps; ++step) {
+    tile_load<4>(a + step * 32, a_bytes);
+    tile_load<6>(b + step * kTile, 64);
+    tile_dot<N % 4, 4, 6>();
+  }
+  tile_store<N % 4>(s, kScoreStride * 4);
+}
+
+template <int KS>
+void score_tiles(const bf16* a, int64_t a_bytes, const bf16* b, int tiles, float* s) {
+  switch (tiles) {
+    case 1: return ScoreTiles<KS>::run(a, a_bytes, b, s, std::make_integer_sequence<int, 1>{});
+    case 2: return ScoreTiles<KS>::run(a, a_bytes, b, s, std::make_integer_sequence<int, 2>{});
+    case 3: return ScoreTiles<KS>::run(a, a_bytes, b, s, std::make_integer_sequence<int, 3>{});
+    case 4: return ScoreTiles<KS>::run(a, a_bytes, b, s, std::make_integer_sequence<int, 4>{});
+    case 5: return ScoreTiles<KS>::run(a, a_bytes, b, s, std::make_integer_sequence<int, 5>{});
+    case 6: return ScoreTiles<KS>::run(a, a_bytes, b, s, std::make_integer_sequence<int, 6>{});
+    case 7: return ScoreTiles<KS>::run(a, a_bytes, b, s, std::make_integer_sequence<int, 7>{});
+    default: return ScoreTiles<KS>::run(a, a_bytes, b, s, std::make_integer_sequence<int, 8>{});
+  }
+}
+
+void long_score_tiles(const bf16* a, int64_t a_bytes, const bf16* b, int tiles, int steps, float* s) {
+  for (int n = 0; n + 1 < tiles; n += 2) {
+    long_column<0>(a, a_bytes, b + n * steps * kTile, steps, s + n * 16);
+    long_column<1>(a, a_bytes, b + (n + 1) * steps * kTile, steps, s + (n + 1) * 16);
+  }
+  if (tiles % 2) long_column<2>(a, a_bytes, b + (tiles - 1) * steps * kTile, steps, s + (tiles - 1) * 16);
+}
+
+using ScoreKernel = void (*)(const bf16*, int64_t, const bf16*, int, float*);
+constexpr ScoreKernel kScoreKernels[] = {score_tiles<1>, score_tiles<2>, score_tiles<3>, score_tiles<4>};
+
+// ---- the kernel ----
+
+struct Forward {
+  const AttentionParams& p;
+  const ScoreModifiers modifiers;
+  const bool modified;    // scores go through modify_row
+  const bool shared_row;  // what is added is the same for all rows of a task
+  const int G, D, Dv;
+  const int steps;      // of 32 channels of q and k
+  const int v_steps;    // of 32 channels of v
+  const int64_t B, Hkv, Nq, Nk;
+  const int64_t rows;   // packed rows of a key/value head
+  const int64_t blocks; // tasks of a key/value head
+  const bool share;     // K and V packed once a head
+  const int64_t o_stride;
+  const __m512i flip;   // a negative scale is moved into q
+  const float scale;    // its absolute value
+
+  explicit Forward(const AttentionParams& params)
+      : p(params),
+        modifiers(ScoreModifiers::from(params)),
+        modified(modifiers.additive || params.softcap != 0),
+        shared_row(modifiers.same_for_queries && (params.group() == 1 || modifiers.same_for_heads)),
+        G(static_cast<int>(params.group())),
+        D(static_cast<int>(params.dim())),
+        Dv(static_cast<int>(params.dim_v())),
+        steps((D + 31) / 32),
+        v_steps((Dv + 31) / 32),
+        B(params.batch()),
+        Hkv(params.kv_heads()),
+        Nq(params.n_queries()),
+        Nk(params.n_keys()),
+        rows(Nq * G),
+        blocks((rows + kRows - 1) / kRows),
+        share(blocks > 1),
+        o_stride(v_steps * 32 + 16),
+        flip(_mm512_set1_epi16(params.scale < 0 ? static_cast<int16_t>(0x8000) : 0)),
+        scale(std::fabs(static_cast<float>(params.scale))) {}
+
+  int64_t padded_keys() const { return (Nk + kKeys - 1) / kKeys * kKeys; }
+
+  // Buffers of a thread.
+  struct Buffers {
+    float *s, *o, *top, *limit, *sum, *add, *keep;
+    bf16 *prob, *q, *k, *v;
+    int32_t *lo, *hi;
+  };
+  Buffers allocate() const {
+    TypedLayout layout;
+    const auto s = layout.add<float>(kStrip * kScoreStride), o = layout.add<float>(kRows * o_stride);
+    const auto top = layout.add<float>(kRows), limit = layout.add<float>(kRows);
+    const auto sum = layout.add<float>(kRows * 16), add = layout.add<float>(kKeys), keep = layout.add<float>(kKeys);
+    const auto prob = layout.add<bf16>(kStrip * kProbStride), q = layout.add<bf16>(kRows * steps * 32);
+    const auto k = layout.add<bf16>(share ? 0 : kKeys * steps * 32), v = layout.add<bf16>(share ? 0 : kKeys * v_steps * 32);
+    const auto lo = layout.add<int32_t>(kRows), hi = layout.add<int32_t>(kRows);
+    char* base = thread_scratch(ScratchUse::kTask, layout.total());
+    return {layout.at<float>(base, s),   layout.at<float>(base, o),   layout.at<float>(base, top),
+            layout.at<float>(base, limit), layout.at<float>(base, sum), layout.at<float>(base, add),
+            layout.at<float>(base, keep), layout.at<bf16>(base, prob), layout.at<bf16>(base, q),
+            layout.at<bf16>(base, k),    layout.at<bf16>(base, v),    layout.at<int32_t>(base, lo),
+            layout.at<int32_t>(base, hi)};
+  }
+
+  const bf16* key_row(int64_t b, int64_t h, int64_t j) const {
+    return p.k.as<bf16>() + b * p.k.stride[0] + h * p.k.stride[1] + j * p.k.stride[2];
+  }
+  const bf16* value_row(int64_t b, int64_t h, int64_t j) const {
+    return p.v.as<bf16>() + b * p.v.stride[0] + h * p.v.stride[1] + j * p.v.stride[2];
+  }
+
+  // The keys [j0, j0 + 32) into their packed places.
+  void pack_keys(int64_t b, int64_t h, int64_t j0, bf16* k, bf16* v) const {
+    const int n = static_cast<int>(Nk - j0 < 32 ? Nk - j0 : 32);
+    const bf16 *k0 = key_row(b, h, j0), *v0 = value_row(b, h, j0);
+    const int64_t ks = p.k.stride[2], vs = p.v.stride[2];
+    pack_transposed([=](int i) { return k0 + i * ks; }, n, D, steps, k);
+    if (n > 16) pack_transposed([=](int i) { return k0 + (16 + i) * ks; }, n - 16, D, steps, k + 16 * steps * 32);
+    pack_rows([=](int i) { return v0 + i * vs; }, n, Dv, v_steps, v);
+  }
+};
+
+// The state of one task.
+struct Task {
+  const Forward& f;
+  const Forward::Buffers& m;
+  const int64_t b, h, row0;
+  const int count;  // rows, at most kRows
+  const float factor, per_factor;  // of a score, to base 2; the inverse
+
+  Task(const Forward& forward, const Forward::Buffers& buffers, int64_t batch, int64_t kv_head, int64_t block)
+      : f(forward),
+        m(buffers),
+        b(batch),
+        h(kv_head),
+        row0(block * kRows),
+        count(static_cast<int>(f.rows - row0 < kRows ? f.rows - row0 : kRows)),
+        factor(f.modified ? 1.f : f.scale * kLog2ef),
+        per_factor(1.f / factor) {}
+
+  int64_t query(int r) const { return f.G == 1 ? row0 + r : (row0 + r) / f.G; }
+  int64_t head(int r) const { return f.G == 1 ? h : h * f.G + (row0 + r) % f.G; }
+
+  void load_rows() {
+    const int padded = (count + 15) & ~15;
+    const Tensor& q = f.p.q;
+    for (int r = 0; r < count; ++r) {
+      const int64_t i = query(r);
+      copy_row(q.as<bf16>() + b * q.stride[0] + head(r) * q.stride[1] + i * q.stride[2], f.D, f.steps, f.flip,
+               m.q + r * f.steps * 32);
+      m.lo[r] = static_cast<int32_t>(f.p.range.lo.at(i, f.Nk));
+      m.hi[r] = static_cast<int32_t>(f.p.range.hi.at(i, f.Nk));
+      m.top[r] = kLowest;
+      m.limit[r] = -INFINITY;
+      _mm512_store_ps(m.sum + 16 * r, _mm512_setzero_ps());
+    }
+    for (int r = count; r < padded; ++r) zero_row(f.steps, m.q + r * f.steps * 32);
+  }
+
+  // The row's maximum left the slack behind: raise it and rescale what was summed so far.
+  HK_INLINE void raise(int r, __m512 tops, bool first) const {
+    const float top = _mm512_reduce_max_ps(tops) * factor;
+    if (!first) rescale(r, m.top[r] - top);
+    m.top[r] = top;
+    m.limit[r] = limit_above(top);
+  }
+  // In units of a raw score.
+  float limit_above(float top) const { return factor > 0 ? (top + kSlack) * per_factor : INFINITY; }
+
+  __attribute__((noinline, cold)) void rescale(int r, float log2_shrink) const {
+    const __m512 shrink = _mm512_set1_ps(std::exp2(log2_shrink));
+    _mm512_store_ps(m.sum + 16 * r, _mm512_mul_ps(shrink, _mm512_load_ps(m.sum + 16 * r)));
+    float* o = m.o + r * f.o_stride;
+    for (int d = 0; d < f.v_steps * 32; d += 16)
+      _mm512_store_ps(o + d, _mm512_mul_ps(shrink, _mm512_load_ps(o + d)));
+  }
+
+  // Scores of row r for the keys [j0 + from, j0 + to): scaled, capped, in base 2, with what is added.
+  void modify_row(int r, int64_t j0, int from, int to, float* s) const {
+    const float* add = m.add;  // at key j0
+    if (f.modifiers.additive && !f.shared_row) {
+      const int64_t n = f.Nk - j0 < to ? f.Nk - j0 : to;
+      f.modifiers.additive_row(b, head(r), query(r), j0 + from, n - from, m.add + from);
+    }
+    const float cap = static_cast<float>(f.p.softcap);
+    const __m512 inner = _mm512_set1_ps(cap != 0 ? f.scale / cap : f.scale * kLog2ef), outer = _mm512_set1_ps(cap * kLog2ef);
+    for (int j = from; j < to; j += 16) {
+      __m512 x = _mm512_mul_ps(_mm512_load_ps(s + j), inner);
+      if (cap != 0) x = _mm512_mul_ps(outer, tanh<VecF>(x));
+      if (f.modifiers.additive) x = _mm512_add_ps(x, _mm512_load_ps(add + j));
+      _mm512_store_ps(s + j, x);
+    }
+  }
+
+  // Numerators of row r (strip row r % 32) for the keys [j0 + from, j0 + to), multiples of 32: S row -> P row.
+  void softmax_row(int r, int64_t j0, int from, int to, bool first) const {
+    float* s = m.s + (r % kStrip) * kScoreStride;
+    bf16* out = m.prob + (r % kStrip) * kProbStride;
+    if (f.modified) modify_row(r, j0, from, to, s);
+    const int lo = m.lo[r] - static_cast<int>(j0), hi = m.hi[r] - static_cast<int>(j0);
+    __m512 sum0 = _mm512_load_ps(m.sum + 16 * r), sum1 = _mm512_setzero_ps();
+    const __m512 c = _mm512_set1_ps(factor);
+    if (lo <= from && hi >= to && !f.modifiers.dropout) {
+      __m512 top0 = _mm512_load_ps(s + from), top1 = _mm512_load_ps(s + from + 16);
+      for (int j = from + 32; j < to; j += 32) {
+        top0 = _mm512_max_ps(top0, _mm512_load_ps(s + j));
+        top1 = _mm512_max_ps(top1, _mm512_load_ps(s + j + 16));
+      }
+      top0 = _mm512_max_ps(top0, top1);
+      if (__builtin_expect(_mm512_cmp_ps_mask(top0, _mm512_set1_ps(m.limit[r]), _CMP_GT_OQ), 0)) {
+        raise(r, top0, first);
+        sum0 = _mm512_load_ps(m.sum + 16 * r);
+      }
+      const __m512 top = _mm512_set1_ps(m.top[r]);
+      for (int j = from; j < to; j += 32) {
+        const __m512 x = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j), c, top));
+        const __m512 y = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j + 16), c, top));
+        sum0 = _mm512_add_ps(sum0, x);
+        sum1 = _mm512_add_ps(sum1, y);
+        _mm512_store_si512(out + j, to_bf16(x, y));
+      }
+    } else {
+      const auto visible = [=](int j) -> __mmask32 { return first_lanes32(hi - j) & ~first_lanes32(lo - j); };
+      __m512 tops = _mm512_set1_ps(-INFINITY);
+      for (int j = from; j < to; j += 32) {
+        const __mmask32 see = visible(j);
+        tops = _mm512_mask_max_ps(tops, static_cast<__mmask16>(see), tops, _mm512_load_ps(s + j));
+        tops = _mm512_mask_max_ps(tops, static_cast<__mmask16>(see >> 16), tops, _mm512_load_ps(s + j + 16));
+      }
+      if (_mm512_cmp_ps_mask(tops, _mm512_set1_ps(m.limit[r]), _CMP_GT_OQ)) {
+        raise(r, tops, first);
+        sum0 = _mm512_load_ps(m.sum + 16 * r);
+      }
+      const __m512 top = _mm512_set1_ps(m.top[r]);
+      if (f.modifiers.dropout) f.modifiers.keep_row(b, head(r), query(r), j0 + from, to - from, m.keep);
+      for (int j = from; j < to; j += 32) {
+        const __mmask32 see = visible(j);
+        __m512 x = _mm512_maskz_mov_ps(static_cast<__mmask16>(see),
+                                       exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j), c, top)));
+        __m512 y = _mm512_maskz_mov_ps(static_cast<__mmask16>(see >> 16),
+                                       exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j + 16), c, top)));
+        sum0 = _mm512_add_ps(sum0, x);
+        sum1 = _mm512_add_ps(sum1, y);
+        if (f.modifiers.dropout) {
+          x = _mm512_mul_ps(x, _mm512_load_ps(m.keep + j - from));
+          y = _mm512_mul_ps(y, _mm512_load_ps(m.keep + j - from + 16));
+        }
+        _mm512_store_si512(out + j, to_bf16(x, y));
+      }
+    }
+    _mm512_store_ps(m.sum + 16 * r, _mm512_add_ps(sum0, sum1));
+  }
+
+  // O of the strip += P V over the keys [from, to) of the block.
+  template <int RT>
+  void accumulate_strip(int r0, const bf16* v, int from, int to, bool first) const {
+    const int64_t v_block = f.v_steps * 2 * kTile;  // packed elements of 32 keys
+    const int columns = (f.Dv + 15) / 16;
+    v += from / 32 * v_block;
+    for (int c = 0; c < columns; c += 2) {
+      const TileGrid o{m.o + r0 * f.o_stride + c * 16, f.o_stride, 16 * f.o_stride, 16};
+      if (c + 1 < columns)
+        accumulate<RT, 2>(o, first, m.prob + from, kProbStride, 16 * kProbStride, 32, v + c * kTile, kTile,
+                          v_block, (to - from) / 32);
+      else
+        accumulate<RT, 1>(o, first, m.prob + from, kProbStride, 16 * kProbStride, 32, v + c * kTile, kTile,
+                          v_block, (to - from) / 32);
+    }
+  }
+
+  // One strip of rows against the keys [j0, j0 + kKeys); returns whether any key was seen.
+  bool strip(int r0, int64_t j0, const bf16* k, const bf16* v, bool first) const {
+    const int r1 = r0 + kStrip < count ? r0 + kStrip : count;
+    // Both bounds rise with the row.
+    const int64_t lo = m.lo[r0] - j0, hi = m.hi[r1 - 1] - j0;
+    const int from = lo <= 0 ? 0 : static_cast<int>(lo & ~31);
+    const int to = hi >= kKeys ? kKeys : static_cast<int>((hi + 31) & ~31);
+    if (from >= to) return false;
+    const int tiles = ((hi >= kKeys ? kKeys : static_cast<int>(hi)) - from + 15) / 16;
+    const int64_t a_bytes = f.steps * 64;
+    for (int r = r0; r < r1; r += 16) {
+      const bf16* a = m.q + r * f.steps * 32;
+      const bf16* packed = k + from / 16 * f.steps * kTile;
+      float* s = m.s + (r - r0) * kScoreStride + from;
+      if (f.steps <= 4)
+        kScoreKernels[f.steps - 1](a, a_bytes, packed, tiles, s);
+      else
+        long_score_tiles(a, a_bytes, packed, tiles, f.steps, s);
+    }
+    for (int r = r0; r < r1; ++r) softmax_row(r, j0, from, to, first);
+    if (r1 - r0 > 16)
+      accumulate_strip<2>(r0, v, from, to, first);
+    else
+      accumulate_strip<1>(r0, v, from, to, first);
+    return true;
+  }
+
+  // k, v: the packs of the whole head, or null: packed here.
+  void run(const bf16* k, const bf16* v) {
+    load_rows();
+    bool first[kRows / kStrip];
+    for (bool& x : first) x = true;
+    const int64_t begin = m.lo[0] / kKeys * kKeys, end = m.hi[count - 1];
+    for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
+      const bf16 *k_block = m.k, *v_block = m.v;
+      if (k) {
+        k_block = k + j0 * f.steps * 32;
+        v_block = v + j0 * f.v_steps * 32;
+      } else {
+        for (int64_t j = j0; j < j0 + kKeys && j < end; j += 32)
+          f.pack_keys(b, h, j, m.k + (j - j0) * f.steps * 32, m.v + (j - j0) * f.v_steps * 32);
+      }
+      if (f.modifiers.additive && f.shared_row)
+        f.modifiers.additive_row(b, h * f.G, int64_t{0}, j0, f.Nk - j0 < kKeys ? f.Nk - j0 : kKeys, m.add);
+      for (int r0 = 0; r0 < count; r0 += kStrip)
+        if (strip(r0, j0, k_block, v_block, first[r0 / kStrip])) first[r0 / kStrip] = false;
+    }
+    finish(first);
+  }
+
+  // Sums -> outputs and log-sum-exps; unseen: by strip, no key was seen.
+  void finish(const bool* unseen) const {
+    const Tensor& out = f.p.out;
+    alignas(64) float sums[kRows];
+    for (int r = 0; r < count; ++r) {
+      const float sum = unseen[r / kStrip] ? 0.f : _mm512_reduce_add_ps(_mm512_load_ps(m.sum + 16 * r));
+      sums[r] = sum;
+      bf16* to = out.as<bf16>() + b * out.stride[0] + head(r) * out.stride[1] + query(r) * out.stride[2];
+      const float* o = m.o + r * f.o_stride;
+      const __m512 inverse = _mm512_set1_ps(1.f / sum);
+      for (int d = 0; d < f.Dv; d += 32) {
+        const __m512i x = sum == 0 ? _mm512_setzero_si512()
+                                   : to_bf16(_mm512_mul_ps(inverse, _mm512_load_ps(o + d)),
+                                             _mm512_mul_ps(inverse, _mm512_load_ps(o + d + 16)));
+        if (f.Dv - d >= 32)
+          _mm512_storeu_si512(to + d, x);
+        else
+          _mm512_mask_storeu_epi16(to + d, first_lanes32(f.Dv - d), x);
+      }
+    }
+    for (int r = 0; r < count; r += 16) {
+      const VecF lse = (_mm512_load_ps(m.top + r) + log2(VecF(_mm512_load_ps(sums + r)))) * kLn2f;
+      _mm512_store_ps(sums + r, lse);  // log2(0) = -inf
+    }
+    float* to = f.p.lse.as<float>() + (b * f.p.heads() + h * f.G) * f.Nq;
+    for (int r = 0; r < count; ++r) to[(head(r) - h * f.G) * f.Nq + query(r)] = sums[r];
+  }
+};
+
+}  // namespace
+
+void attention_forward(const AttentionParams& p) {
+  const Forward f(p);
+  if (f.B * f.Hkv == 0 || f.rows == 0) return;
+  advise_huge_pages(p.out.data, p.out.span_bytes());
+  const int64_t heads = f.B * f.Hkv;
+  const int64_t k_size = f.padded_keys() * f.steps * 32, v_size = f.padded_keys() * f.v_steps * 32;
+  // Heads are packed in waves that fit a buffer.
+  int64_t wave = heads;
+  char* packs = nullptr;
+  if (f.share) {
+    const int64_t bytes = 2 * (k_size + v_size);
+    wave = kSharedPackBytes / (bytes > 0 ? bytes : 1);
+    wave = wave < 1 ? 1 : wave > heads ? heads : wave;
+    packs = thread_scratch(ScratchUse::kShared, wave * bytes);
+  }
+  bf16* const k_packs = reinterpret_cast<bf16*>(packs);
+  bf16* const v_packs = k_packs ? k_packs + wave * k_size : nullptr;
+#pragma omp parallel
+  {
+    const Forward::Buffers buffers = f.allocate();
+    const TileSession session;
+    if (!f.share) {
+#pragma omp for schedule(static)
+      for (int64_t head = 0; head < heads; ++head)
+        Task(f, buffers, head / f.Hkv, head % f.Hkv, 0).run(nullptr, nullptr);
+    } else {
+      for (int64_t first = 0; first < heads; first += wave) {
+        const int64_t n = heads - first < wave ? heads - first : wave, chunks = (f.Nk + 31) / 32;
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < n * chunks; ++c) {
+          const int64_t head = first + c / chunks, j0 = c % chunks * 32;
+          f.pack_keys(head / f.Hkv, head % f.Hkv, j0, k_packs + c / chunks * k_size + j0 * f.steps * 32,
+                      v_packs + c / chunks * v_size + j0 * f.v_steps * 32);
+        }
+        // A head at a time, so that its packs stay in cache; its last rows, which see most keys, first.
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < n * f.blocks; ++t) {
+          const int64_t head = first + t / f.blocks;
+          Task(f, buffers, head / f.Hkv, head % f.Hkv, f.blocks - 1 - t % f.blocks)
+              .run(k_packs + t / f.blocks * k_size, v_packs + t / f.blocks * v_size);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace hierkernels::amx

@@ -1,0 +1,163 @@
+// What changes the scores of a row besides the key range: additive bias, mask, key padding, dropout.
+#pragma once
+#include "../../common/philox.h"
+#include "../simd.h"
+#include "attention.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// 16 x 4 random words for the counters (first + lane, query, head, batch): words[w * 16 + lane].
+inline void philox_words(uint64_t seed, uint32_t first, uint32_t query, uint32_t head, uint32_t batch,
+                         uint32_t words[64]) {
+  using U = Simd<float>::U;
+  constexpr int W = kWidth<float>;
+  struct Product {
+    U low, high;
+  };
+  const auto multiply = [](U x, uint32_t m) {
+    typedef uint64_t U64 __attribute__((vector_size(kVectorBytes)));
+    const U64 pairs = bit_cast<U64>(x), factor = U64{} + m;
+#if defined(__AVX512F__)
+    const U64 even = bit_cast<U64>(_mm512_mul_epu32(bit_cast<__m512i>(pairs), bit_cast<__m512i>(factor)));
+    const U64 odd = bit_cast<U64>(_mm512_mul_epu32(bit_cast<__m512i>(pairs >> 32), bit_cast<__m512i>(factor)));
+#elif defined(__AVX2__)
+    const U64 even = bit_cast<U64>(_mm256_mul_epu32(bit_cast<__m256i>(pairs), bit_cast<__m256i>(factor)));
+    const U64 odd = bit_cast<U64>(_mm256_mul_epu32(bit_cast<__m256i>(pairs >> 32), bit_cast<__m256i>(factor)));
+#elif defined(__x86_64__)
+    const U64 even = bit_cast<U64>(_mm_mul_epu32(bit_cast<__m128i>(pairs), bit_cast<__m128i>(factor)));
+    const U64 odd = bit_cast<U64>(_mm_mul_epu32(bit_cast<__m128i>(pairs >> 32), bit_cast<__m128i>(factor)));
+#else
+    const U64 even = (pairs & 0xffffffffu) * factor, odd = (pairs >> 32) * factor;
+#endif
+    const U64 low_half = U64{} + 0xffffffffu;
+    return Product{bit_cast<U>((even & low_half) | (odd << 32)), bit_cast<U>((even >> 32) | (odd & ~low_half))};
+  };
+  for (int lane = 0; lane < 16; lane += W) {
+    U c0 = bit_cast<U>(lanes<float>()) + (first + static_cast<uint32_t>(lane));
+    U c1 = U{} + query, c2 = U{} + head, c3 = U{} + batch;
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const Product a = multiply(c0, kPhiloxM0), b = multiply(c2, kPhiloxM1);
+      c0 = b.high ^ c1 ^ k0;
+      c1 = b.low;
+      c2 = a.high ^ c3 ^ k1;
+      c3 = a.low;
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
+    }
+    const U result[4] = {c0, c1, c2, c3};
+    for (int w = 0; w < 4; ++w) __builtin_memcpy(words + w * 16 + lane, &result[w], sizeof(U));
+  }
+}
+
+struct ScoreModifiers {
+  Tensor bias, mask, padding;  // broadcast strides
+  bool additive;               // there is a bias, a mask or padding
+  bool same_for_queries;       // the additive row does not depend on the query
+  bool same_for_heads;         // nor on the head
+  bool dropout;
+  uint32_t drop_below;
+  double keep_factor;  // 1 / (1 - p)
+  uint64_t seed;
+
+  static ScoreModifiers from(const AttentionParams& p) {
+    ScoreModifiers m;
+    m.bias = p.bias;
+    m.mask = p.mask;
+    m.padding = p.padding;
+    m.additive = p.bias || p.mask || p.padding;
+    m.same_for_queries = p.bias.stride[2] == 0 && p.mask.stride[2] == 0;
+    m.same_for_heads = p.bias.stride[1] == 0 && p.mask.stride[1] == 0;
+    m.dropout = p.dropout_p > 0;
+    m.drop_below = dropout_threshold(p.dropout_p);
+    m.keep_factor = 1 / (1 - p.dropout_p);
+    m.seed = p.seed;
+    return m;
+  }
+
+  // row[0..n) = bias * log2(e), or -inf where the mask or the padding hides the key: for batch b, query head h,
+  // query i and the keys [j0, j0 + n).
+  template <class F>
+  void additive_row(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, F* row) const {
+    if (bias) {
+      const int64_t at = b * bias.stride[0] + h * bias.stride[1] + i * bias.stride[2] + j0 * bias.stride[3];
+      switch (bias.dtype) {
+        case DType::kFloat64:
+          scaled_row(bias.as<double>() + at, bias.stride[3], n, row);
+          break;
+        case DType::kBFloat16:
+          scaled_row(bias.as<BFloat16>() + at, bias.stride[3], n, row);
+          break;
+        case DType::kFloat16:
+          scaled_row(bias.as<Float16>() + at, bias.stride[3], n, row);
+          break;
+        default:
+          scaled_row(bias.as<float>() + at, bias.stride[3], n, row);
+      }
+    } else {
+      memset(row, 0, static_cast<size_t>(n) * sizeof(F));
+    }
+    if (mask) {
+      const int64_t at = b * mask.stride[0] + h * mask.stride[1] + i * mask.stride[2] + j0 * mask.stride[3];
+      hide(mask.as<uint8_t>() + at, mask.stride[3], n, row);
+    }
+    if (padding) hide(padding.as<uint8_t>() + b * padding.stride[0] + j0 * padding.stride[1], padding.stride[1], n, row);
+  }
+
+  // row[0..n) = 0 where the probability is dropped, else 1 / (1 - p); the same arguments.
+  template <class F>
+  void keep_row(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, F* row) const {
+    constexpr int W = kWidth<float>;
+    uint32_t words[64];
+    float keep[64];
+    for (int64_t group = j0 / 64; group * 64 < j0 + n; ++group) {
+      philox_words(seed, static_cast<uint32_t>(group * 16), static_cast<uint32_t>(i), static_cast<uint32_t>(h),
+                   static_cast<uint32_t>(b), words);
+      for (int x = 0; x < 64; x += W) {
+        Simd<float>::U word;
+        __builtin_memcpy(&word, words + x, sizeof word);
+        store(keep + x, select(word >= drop_below, set1(static_cast<float>(keep_factor)), zero<float>()));
+      }
+      const int64_t begin = group * 64 < j0 ? j0 : group * 64;
+      const int64_t end = group * 64 + 64 < j0 + n ? group * 64 + 64 : j0 + n;
+      for (int64_t j = begin; j < end; ++j)
+        row[j - j0] = keep[j - group * 64] == 0 ? F(0) : static_cast<F>(keep_factor);
+    }
+  }
+
+ private:
+  template <class F, class T>
+  static void scaled_row(const T* x, int64_t stride, int64_t n, F* row) {
+    constexpr int W = kWidth<F>;
+    const F factor = static_cast<F>(kLog2E);
+    if (stride == 0) {
+      const F value = static_cast<F>(to_float(*x)) * factor;
+      for (int64_t j = 0; j < n; ++j) row[j] = value;
+      return;
+    }
+    int64_t j = 0;
+    if (stride == 1) {
+      for (; j + W <= n; j += W) store(row + j, load_as<F>(x + j) * factor);
+      if (j < n) store(row + j, load_as<F>(x + j, static_cast<int>(n - j)) * factor, static_cast<int>(n - j));
+      return;
+    }
+    for (; j < n; ++j) row[j] = static_cast<F>(to_float(x[j * stride])) * factor;
+  }
+
+  template <class F>
+  static void hide(const uint8_t* visible, int64_t stride, int64_t n, F* row) {
+    constexpr int W = kWidth<F>;
+    const F hidden = -static_cast<F>(__builtin_inff());
+    int64_t j = 0;
+    if (stride == 1)
+      for (; j + W <= n; j += W) store(row + j, select(load_bytes<F>(visible + j), load(row + j), set1(hidden)));
+    for (; j < n; ++j)
+      if (!visible[j * stride]) row[j] = hidden;
+  }
+};
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

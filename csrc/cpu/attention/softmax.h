@@ -1,0 +1,156 @@
+// The row passes between the products of the forward kernel. Scores are in base 2: exp(x) = 2^(x log2 e).
+#pragma once
+#include "score_modifiers.h"
+#include "tiles.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// The factor of q . k in the scores: with a soft cap the argument of tanh, else base-2 scores.
+template <class F>
+F score_factor(const AttentionParams& p) {
+  return static_cast<F>(p.softcap ? p.scale / p.softcap : p.scale * kLog2E);
+}
+
+// The modifiers of one call, and for one (batch, kv head, tile) the additive rows that all queries share.
+template <class F>
+class TileModifiers {
+ public:
+  TileModifiers(const AttentionParams& p, F* additive_rows)
+      : modifiers_(ScoreModifiers::from(p)), cap_(static_cast<F>(p.softcap * kLog2E)), rows_(additive_rows),
+        shared_(modifiers_.additive && modifiers_.same_for_queries), group_(p.group()) {}
+
+  // How many rows of kTileKeys the additive rows take.
+  static int64_t additive_rows(const AttentionParams& p) {
+    const ScoreModifiers m = ScoreModifiers::from(p);
+    return m.same_for_queries && !m.same_for_heads ? p.group() : 1;
+  }
+
+  bool change_scores() const { return modifiers_.additive || cap_ != F(0); }
+  bool capped() const { return cap_ != F(0); }
+  bool dropout() const { return modifiers_.dropout; }
+
+  void set_tile(int64_t b, int64_t kv_head, const TileRows& tile) {
+    batch_ = b;
+    first_head_ = kv_head * group_;
+    if (!shared_) return;
+    const int64_t heads = modifiers_.same_for_heads ? 1 : group_;
+    for (int64_t g = 0; g < heads; ++g)
+      modifiers_.additive_row(b, first_head_ + g, 0, tile.key, tile.n_keys, rows_ + g * kTileKeys);
+  }
+
+  // scores[begin, end) of row r: soft cap and additive row. `begin` and `end` are multiples of a vector; beyond the
+  // tile's keys the result is arbitrary. If `slope` is given, it becomes d (capped score) / d (score).
+  void apply(const TileRows& tile, int r, int begin, int end, F* scores, F* slope) const {
+    constexpr int W = kWidth<F>;
+    if (capped()) {
+      for (int j = begin; j < end; j += W) {
+        const Vec<F> t = tanh(load(scores + j));
+        store(scores + j, t * cap_);
+        if (slope) store(slope + j, F(1) - t * t);
+      }
+    }
+    if (!modifiers_.additive) return;
+    const F* row = rows_;
+    if (shared_) {
+      if (!modifiers_.same_for_heads) row += static_cast<int64_t>(tile.head[r]) * kTileKeys;
+    } else {
+      const int n = (end < tile.n_keys ? end : tile.n_keys) - begin;
+      modifiers_.additive_row(batch_, first_head_ + tile.head[r], tile.query[r], tile.key + begin, n, rows_ + begin);
+    }
+    const F hidden = -static_cast<F>(__builtin_inff());
+    for (int j = begin; j < end; j += W) {
+      // A hidden key stays hidden whatever its score is, NaN included.
+      const Vec<F> added = load(row + j);
+      store(scores + j, select(added == hidden, added, load(scores + j) + added));
+    }
+  }
+
+  // row[begin, end) = 0 or 1 / (1 - p) for the keys of row r.
+  void keep(const TileRows& tile, int r, int begin, int end, F* row) const {
+    modifiers_.keep_row(batch_, first_head_ + tile.head[r], tile.query[r], tile.key + begin, end - begin, row + begin);
+  }
+
+ private:
+  ScoreModifiers modifiers_;
+  F cap_;  // softcap * log2(e)
+  F* rows_;
+  bool shared_;
+  int64_t group_, batch_ = 0, first_head_ = 0;
+};
+
+// Hides the lanes of the first and last vector of [from, to) that lie outside, so that loops over whole vectors need
+// no masks.
+template <class F>
+HK_INLINE void hide_outside(F* scores, int from, int to, F value) {
+  constexpr int W = kWidth<F>;
+  const int first = from / W * W, last = (to - 1) / W * W;
+  if (from > first) store(scores + first, select(lanes_below<F>(from - first), set1(value), load(scores + first)));
+  if (to < last + W) store(scores + last, select(lanes_below<F>(to - last), load(scores + last), set1(value)));
+}
+
+template <class F>
+HK_INLINE void clear(F* x, int begin, int end) {
+  for (int j = begin; j < end; j += kWidth<F>) store(x + j, zero<F>());
+}
+
+// One step of the online softmax for every row of the tile: scores become 2^(score - max), zeros where `readable` but
+// not visible; max and sum are updated, rescale = 2^(old max - new max).
+template <class F>
+void softmax_tile(const TileRows& tile, const TileModifiers<F>& modifiers, F* scores, int64_t stride, F* keep, F* max_of,
+                  F* sum_of, F* rescale) {
+  constexpr int W = kWidth<F>;
+  const F hidden = -static_cast<F>(__builtin_inff());
+  for (int r = 0; r < tile.n; ++r, scores += stride) {
+    const Span readable = tile.readable(r, W);
+    const int from = tile.from[r], to = tile.to[r];
+    rescale[r] = F(1);
+    if (from >= to) {
+      clear(scores, readable.begin, readable.end);
+      continue;
+    }
+    const int begin = from / W * W, end = (to + W - 1) / W * W;
+    if (modifiers.change_scores()) modifiers.apply(tile, r, begin, end, scores, nullptr);
+    hide_outside(scores, from, to, hidden);
+
+    Vec<F> most = load(scores + begin), most_2 = load(scores + end - W);
+    int j = begin + W;
+    for (; j + 2 * W <= end; j += 2 * W) {
+      most = max(most, load(scores + j));
+      most_2 = max(most_2, load(scores + j + W));
+    }
+    const F old_max = max_of[r], tile_max = reduce_max(max(most, most_2));
+    const F new_max = old_max > tile_max ? old_max : tile_max;
+    const F origin = new_max == hidden ? F(0) : new_max;  // all hidden so far: 2^(-inf - 0) = 0
+    max_of[r] = new_max;
+
+    Vec<F> sum = zero<F>(), sum_2 = zero<F>();
+    const Vec<F> shift = set1(origin);
+    for (j = begin; j + 2 * W <= end; j += 2 * W) {
+      const Vec<F> x = exp2(load(scores + j) - shift), y = exp2(load(scores + j + W) - shift);
+      store(scores + j, x);
+      store(scores + j + W, y);
+      sum += x;
+      sum_2 += y;
+    }
+    if (j < end) {
+      const Vec<F> x = exp2(load(scores + j) - shift);
+      store(scores + j, x);
+      sum += x;
+    }
+    const F factor = old_max == hidden ? F(0) : old_max == new_max ? F(1) : exp2(set1(old_max - origin))[0];
+    rescale[r] = factor;
+    sum_of[r] = sum_of[r] * factor + reduce_add(sum + sum_2);
+    clear(scores, readable.begin, begin);
+    clear(scores, end, readable.end);
+    if (modifiers.dropout()) {
+      modifiers.keep(tile, r, begin, end, keep);
+      for (j = begin; j < end; j += W) store(scores + j, load(scores + j) * load(keep + j));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

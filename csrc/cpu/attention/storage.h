@@ -1,0 +1,193 @@
+// Between tensors and scratch memory: rows of a tensor are loaded, transposed and stored with conversion.
+#pragma once
+#include "../../common/tensor.h"
+#include "../simd.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// The rows of one (batch, kv head): row r is query r / group of head r % group of the group; keys have group 1.
+struct Rows {
+  char* data;  // row 0
+  int64_t token_stride, head_stride, group;  // strides in elements
+
+  // Row `row` lies at row * uniform_stride() if that is not 0.
+  int64_t uniform_stride(int64_t tokens) const {
+    if (group == 1 || token_stride == group * head_stride) return group == 1 ? token_stride : head_stride;
+    return tokens == 1 ? head_stride : 0;
+  }
+};
+
+// Walks over the offsets of consecutive rows.
+class RowCursor {
+ public:
+  RowCursor(const Rows& rows, int64_t row)
+      : rows_(rows), head_(rows.group == 1 ? 0 : row % rows.group),
+        token_offset_((rows.group == 1 ? row : row / rows.group) * rows.token_stride) {}
+  int64_t offset() const { return token_offset_ + head_ * rows_.head_stride; }
+  void next() {
+    if (++head_ == rows_.group) {
+      head_ = 0;
+      token_offset_ += rows_.token_stride;
+    }
+  }
+
+ private:
+  const Rows& rows_;
+  int64_t head_, token_offset_;
+};
+
+constexpr int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
+
+// a = the even, b = the odd elements of the result's first (low) and second (high) half, alternating.
+template <class V>
+HK_INLINE void zip(V a, V b, V& low, V& high) {
+#if defined(__AVX512F__)
+  if constexpr (kSame<V, VecF>) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    low = _mm512_permutex2var_ps(a, first, b);
+    high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
+  } else {
+    const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    low = _mm512_permutex2var_pd(a, first, b);
+    high = _mm512_permutex2var_pd(a, _mm512_add_epi64(first, _mm512_set1_epi64(4)), b);
+  }
+#elif defined(__AVX2__)
+  if constexpr (kSame<V, VecF>) {
+    const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+    low = _mm256_permute2f128_ps(even, odd, 0x20);
+    high = _mm256_permute2f128_ps(even, odd, 0x31);
+  } else {
+    const __m256d even = _mm256_unpacklo_pd(a, b), odd = _mm256_unpackhi_pd(a, b);
+    low = _mm256_permute2f128_pd(even, odd, 0x20);
+    high = _mm256_permute2f128_pd(even, odd, 0x31);
+  }
+#else
+  constexpr int W = sizeof(V) / sizeof(a[0]);
+  V x = a, y = b;
+  for (int i = 0; i < W / 2; ++i) {
+    x[2 * i] = a[i];
+    x[2 * i + 1] = b[i];
+    y[2 * i] = a[W / 2 + i];
+    y[2 * i + 1] = b[W / 2 + i];
+  }
+  low = x;
+  high = y;
+#endif
+}
+
+// kWidth x kWidth, in registers: each round is a perfect shuffle of the rows.
+template <class F>
+HK_INLINE void transpose(Vec<F> (&rows)[kWidth<F>]) {
+  constexpr int W = kWidth<F>;
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+    Vec<F> next[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) zip(rows[i], rows[i + W / 2], next[2 * i], next[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
+// out[i * out_stride + c] = row first + i, for c < dim; zeros up to the next multiple of kWidth.
+template <class F, class T>
+void load_rows(const Rows& rows, int64_t first, int n, int dim, F* out, int64_t out_stride) {
+  constexpr int W = kWidth<F>;
+  RowCursor cursor(rows, first);
+  for (int i = 0; i < n; ++i, cursor.next(), out += out_stride) {
+    const T* x = reinterpret_cast<const T*>(rows.data) + cursor.offset();
+    int c = 0;
+    for (; c + W <= dim; c += W) store(out + c, load_as<F>(x + c));
+    if (c < dim) store(out + c, load_as<F>(x + c, dim - c));
+  }
+}
+
+// Tokens first .. first + n (group 1) as panels of `panel` columns: out[token / panel][c][token % panel] times
+// factor; zeros beyond n, up to the next multiple of kWidth.
+template <class F, class T>
+void transpose_rows(const Rows& rows, int64_t first, int n, int dim, F factor, F* out, int panel) {
+  constexpr int W = kWidth<F>;
+  const T* x = reinterpret_cast<const T*>(rows.data) + first * rows.token_stride;
+  for (int j = 0; j < n; j += W, x += W * rows.token_stride) {
+    F* column = out + static_cast<int64_t>(j / panel) * panel * dim + j % panel;
+    const int valid = n - j < W ? n - j : W;
+    for (int c = 0; c < dim; c += W) {
+      const int width = dim - c < W ? dim - c : W;
+      Vec<F> block[W];
+      if (valid == W && width == W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = load_as<F>(x + i * rows.token_stride + c);
+      } else {
+        for (int i = 0; i < W; ++i)
+          block[i] = i < valid ? load_as<F>(x + i * rows.token_stride + c, width) : zero<F>();
+      }
+      transpose<F>(block);
+      if (width == W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store(column + static_cast<int64_t>(c + i) * panel, block[i] * factor);
+      } else {
+        for (int i = 0; i < width; ++i) store(column + static_cast<int64_t>(c + i) * panel, block[i] * factor);
+      }
+    }
+  }
+}
+
+// Row first + i = x[i * x_stride ...] * factors[i * factor_stride].
+template <class F, class T>
+void store_rows(const Rows& rows, int64_t first, int n, int dim, const F* x, int64_t x_stride, const F* factors,
+                int factor_stride) {
+  constexpr int W = kWidth<F>;
+  RowCursor cursor(rows, first);
+  for (int i = 0; i < n; ++i, cursor.next(), x += x_stride) {
+    const Vec<F> factor = set1(factors[i * factor_stride]);
+    T* out = reinterpret_cast<T*>(rows.data) + cursor.offset();
+    int c = 0;
+    for (; c + W <= dim; c += W) store_as<F>(out + c, load(x + c) * factor);
+    if (c < dim) store_as<F>(out + c, load(x + c) * factor, dim - c);
+  }
+}
+
+// sums[i] = the dot product of row first + i of a and of b.
+template <class F, class T>
+void dot_rows(const Rows& a, const Rows& b, int64_t first, int n, int dim, F* sums) {
+  constexpr int W = kWidth<F>;
+  RowCursor a_cursor(a, first), b_cursor(b, first);
+  for (int i = 0; i < n; ++i, a_cursor.next(), b_cursor.next()) {
+    const T* x = reinterpret_cast<const T*>(a.data) + a_cursor.offset();
+    const T* y = reinterpret_cast<const T*>(b.data) + b_cursor.offset();
+    Vec<F> sum = zero<F>();
+    int c = 0;
+    for (; c + W <= dim; c += W) sum = fma(load_as<F>(x + c), load_as<F>(y + c), sum);
+    if (c < dim) sum = fma(load_as<F>(x + c, dim - c), load_as<F>(y + c, dim - c), sum);
+    sums[i] = reduce_add(sum);
+  }
+}
+
+// The functions above for one storage type; products work on F alone.
+template <class F>
+struct Storage {
+  bool native;  // the storage type is F
+  int bytes;
+  void (*load)(const Rows&, int64_t, int, int, F*, int64_t);
+  void (*transpose)(const Rows&, int64_t, int, int, F, F*, int);
+  void (*store)(const Rows&, int64_t, int, int, const F*, int64_t, const F*, int);
+  void (*dot)(const Rows&, const Rows&, int64_t, int, int, F*);
+};
+template <class F, class T>
+constexpr Storage<F> storage_of() {
+  return {kSame<F, T>,       static_cast<int>(sizeof(T)), load_rows<F, T>, transpose_rows<F, T>,
+          store_rows<F, T>, dot_rows<F, T>};
+}
+
+// Rows of a 4-dimensional tensor (B, H, N, D) for a kv head whose group has `group` heads.
+template <class F>
+Rows rows_of(const Tensor& t, const Storage<F>& storage, int64_t b, int64_t kv_head, int64_t group) {
+  const int64_t offset = b * t.stride[0] + kv_head * group * t.stride[1];
+  return {t.as<char>() + offset * storage.bytes, t.stride[2], t.stride[1], group};
+}
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

@@ -1,0 +1,174 @@
+// Which keys the rows of a tile see, and the shape of tiles. Rows are packed: row r is query r / group of head
+// r % group, so that heads which share keys and values share tiles, too.
+#pragma once
+#include "../../common/key_range.h"
+#include "../simd.h"
+#include "products.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// Tiles of rows x keys: scores, two operands and the accumulators stay in the second-level cache, which is larger
+// on machines with AVX-512. Multiples of 64 keys, so that tiles begin where a call of the dropout generator does.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 192, kTileKeys = 192;
+#else
+constexpr int kTileRows = 96, kTileKeys = 128;
+#endif
+constexpr int kKeyAlignment = 64;
+static_assert(kTileKeys % kKeyAlignment == 0);
+
+template <class F>
+constexpr int kPanel = kMaxColumns* kWidth<F>;
+
+inline int64_t staircase_at(const Staircase& s, int64_t i, int64_t n_keys) {
+  if (s.step != 1) return s.at(i, n_keys);
+  int64_t x = i * s.rise + s.offset;
+  if (x < s.floor) x = s.floor;
+  return x < n_keys ? x : n_keys;
+}
+
+struct Span {
+  int begin, end;
+  int size() const { return end - begin; }
+};
+
+// A block of packed rows and the keys they see; then one tile of it at a time.
+struct TileRows {
+  int64_t first = -1;  // packed row
+  int n = 0;
+  int64_t keys_begin, keys_end;  // the union over all rows, begin <= end
+
+  int64_t query[kTileRows];  // of each row
+  int head[kTileRows];       // in the group
+  int64_t lo[kTileRows], hi[kTileRows];
+
+  // In the current tile, relative to its first key: row r sees [from[r], to[r]) if from < to. Monotone in r.
+  int64_t key = -1;
+  int n_keys = 0;
+  int from[kTileRows], to[kTileRows];
+
+  void set_rows(const KeyRange& range, int64_t first_row, int rows, int64_t group, int64_t n_keys_total) {
+    if (first == first_row && n == rows) return;
+    first = first_row;
+    n = rows;
+    key = -1;
+    int64_t i = group == 1 ? first : first / group, h = group == 1 ? 0 : first % group;
+    for (int r = 0; r < n; ++r) {
+      query[r] = i;
+      head[r] = static_cast<int>(h);
+      const bool again = r > 0 && query[r - 1] == i;
+      lo[r] = again ? lo[r - 1] : staircase_at(range.lo, i, n_keys_total);
+      hi[r] = again ? hi[r - 1] : staircase_at(range.hi, i, n_keys_total);
+      if (++h == group) {
+        h = 0;
+        ++i;
+      }
+    }
+    keys_begin = lo[0] / kKeyAlignment * kKeyAlignment;
+    keys_end = hi[n - 1] > keys_begin ? hi[n - 1] : keys_begin;
+  }
+
+  void set_keys(int64_t first_key, int keys) {
+    if (key == first_key && n_keys == keys) return;
+    key = first_key;
+    n_keys = keys;
+    for (int r = 0; r < n; ++r) {
+      from[r] = clamp(lo[r] - key);
+      to[r] = clamp(hi[r] - key);
+    }
+  }
+
+  // The keys that rows [r, r + rows) touch in the tile.
+  Span touched(int r, int rows) const { return {from[r], to[r + rows - 1]}; }
+
+  // The probabilities of row r that a product may read: those of all rows that may share a block with it, and those
+  // of all keys that may share a block with one it sees. Zeros outside [from, to). In whole vectors of `width`.
+  Span readable(int r, int width) const {
+    const int before = r < kMostRows ? 0 : r - kMostRows + 1;
+    const int after = r + kMostRows > n ? n - 1 : r + kMostRows - 1;
+    int begin = from[r] - kMostRows + 1, end = to[r] + kMostRows - 1;
+    if (from[before] < begin) begin = from[before];
+    if (to[after] > end) end = to[after];
+    if (begin < 0) begin = 0;
+    if (end > n_keys) end = n_keys;
+    return {begin / width * width, (end + width - 1) / width * width};
+  }
+
+ private:
+  int clamp(int64_t x) const { return x < 0 ? 0 : x < n_keys ? static_cast<int>(x) : n_keys; }
+};
+
+// The row blocks of a (batch, kv head).
+struct RowBlocks {
+  int64_t rows;  // queries * group
+  int size;      // rows of a block, but for the last
+
+  int64_t count() const { return (rows + size - 1) / size; }
+  int64_t first(int64_t block) const { return block * size; }
+  int rows_of(int64_t block) const {
+    const int64_t left = rows - block * size;
+    return left < size ? static_cast<int>(left) : size;
+  }
+};
+
+// scores[r * stride + key] = a(row r) . panels(key), for the columns that each group of rows touches.
+template <class F>
+void multiply_scores(const TileRows& tile, const F* a, int64_t a_stride, const F* panels, int panel, int dim, F* scores,
+                     int64_t stride) {
+  constexpr int W = kWidth<F>;
+  const int vectors = (tile.n_keys + W - 1) / W;
+  const int most_rows = kMaxRows[vectors < kMaxColumns ? vectors : kMaxColumns];
+  for (int begin = 0; begin < tile.n_keys; begin += panel)
+    for_each_part(tile.n, most_rows, [&](int r, int rows) {
+      const Span keys = tile.touched(r, rows);
+      int from = keys.begin / W * W, to = (keys.end + W - 1) / W * W;
+      if (from < begin) from = begin;
+      if (to > begin + panel) to = begin + panel;
+      if (from >= to) return;
+      multiply<F, false>(rows, (to - from) / W,
+                         {a + r * a_stride, a_stride, panels + static_cast<int64_t>(begin) * dim + (from - begin),
+                          panel, dim, scores + r * stride + from, stride, Update::kStore, nullptr});
+    });
+}
+
+// out(row r) = update(out(row r)) + sum over keys of weights[r * stride + key] * x(key). With kStore, rows that touch
+// no key become zero.
+template <class F>
+void multiply_rows(const TileRows& tile, const F* weights, int64_t stride, const F* x, int64_t x_stride, int dim,
+                   F* out, int64_t out_stride, Update update, const F* rescale) {
+  constexpr int W = kWidth<F>;
+  for_each_part((dim + W - 1) / W, kMaxColumns, [&](int column, int columns) {
+    for_each_part(tile.n, kMaxRows[columns], [&](int r, int rows) {
+      const Span keys = tile.touched(r, rows);
+      if (keys.size() <= 0 && update != Update::kStore) return;
+      multiply<F, false>(rows, columns,
+                         {weights + r * stride + keys.begin, stride, x + keys.begin * x_stride + column * W, x_stride,
+                          keys.size() < 0 ? 0 : keys.size(), out + r * out_stride + column * W, out_stride, update,
+                          rescale ? rescale + r : nullptr});
+    });
+  });
+}
+
+// out(key j) += sum over rows of weights[r * stride + j] * x(row r).
+template <class F>
+void multiply_keys(const TileRows& tile, const F* weights, int64_t stride, const F* x, int64_t x_stride, int dim,
+                   F* out, int64_t out_stride) {
+  constexpr int W = kWidth<F>;
+  for_each_part((dim + W - 1) / W, kMaxColumns, [&](int column, int columns) {
+    int begin = 0, end = 0;  // the rows that see the keys: both grow with the key
+    for_each_part(tile.n_keys, kMaxRows[columns], [&](int j, int keys) {
+      while (begin < tile.n && tile.to[begin] <= j) ++begin;
+      while (end < tile.n && tile.from[end] < j + keys) ++end;
+      if (begin >= end) return;
+      multiply<F, true>(keys, columns,
+                        {weights + begin * stride + j, stride, x + begin * x_stride + column * W, x_stride, end - begin,
+                         out + j * out_stride + column * W, out_stride, Update::kAdd, nullptr});
+    });
+  });
+}
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

@@ -1,0 +1,64 @@
+#include "scratch.h"
+
+#include <cstdlib>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace hierkernels {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kFreshMapping = size_t{4} << 20;  // outputs of this size come from mmap, not from a pool
+
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  char* get(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      data_ = nullptr;
+      size_ = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+      data_ = static_cast<char*>(std::aligned_alloc(kHugePage, size_));
+      if (!data_) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+#if defined(__linux__)
+      madvise(data_, size_, MADV_HUGEPAGE);
+#endif
+    }
+    return data_;
+  }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace
+
+char* thread_scratch(ScratchUse use, size_t bytes) {
+  static thread_local Buffer buffers[3];
+  return buffers[static_cast<int>(use)].get(bytes);
+}
+
+void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  if (bytes < kFreshMapping) return;
+  const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  static_cast<void>(data);
+  static_cast<void>(bytes);
+#endif
+}
+
+}  // namespace hierkernels

@@ -1,0 +1,118 @@
+// exp2, log2 and tanh of vectors (part of simd.h).
+#pragma once
+#include "simd.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+// c[0] + c[1] x + c[2] x^2 + ...
+template <class F, int N>
+HK_INLINE Vec<F> polynomial(const F (&c)[N], Vec<F> x) {
+  Vec<F> y = set1(c[N - 1]);
+#pragma GCC unroll 16
+  for (int i = N - 2; i >= 0; --i) y = fma(y, x, set1(c[i]));
+  return y;
+}
+
+// 2^f for f in [0, 1]: minimax, relative error 7.5e-8 before rounding.
+constexpr float kExp2Float[] = {0.99999994f,   0.6931530833f,  0.2401536107f,
+                                0.0558263175f, 0.0089893406f, 0.0018775767f};
+// 2^f for f in [-1/2, 1/2]: Taylor, ln(2)^n / n!, relative error 2e-16.
+constexpr double kExp2Double[] = {1.0,
+                                  6.931471805599453094e-1,
+                                  2.402265069591007123e-1,
+                                  5.550410866482157995e-2,
+                                  9.618129107628477232e-3,
+                                  1.333355814642844342e-3,
+                                  1.540353039338160995e-4,
+                                  1.525273380405984028e-5,
+                                  1.321548679014430949e-6,
+                                  1.017808600923969973e-7,
+                                  7.054911620801123330e-9,
+                                  4.445538271870811498e-10,
+                                  2.567843599348820514e-11};
+
+// 2^x; 2^-inf = 0, 2^inf = inf, NaN stays NaN. Results below the normal range may be 0.
+#if defined(__AVX512F__)
+// vreduce gives 0 for infinities, and vscalef floors its second argument.
+HK_INLINE VecF exp2(VecF x) {
+  constexpr int kFloor = 1;
+  const VecF f = _mm512_reduce_ps(x, kFloor);
+  return _mm512_scalef_ps(polynomial<float>(kExp2Float, f), x);
+}
+HK_INLINE VecD exp2(VecD x) {
+  constexpr int kNearest = 0;
+  const VecD f = _mm512_reduce_pd(x, kNearest);
+  return _mm512_scalef_pd(polynomial<double>(kExp2Double, f), x - f);
+}
+#else
+// Adding 1.5 * 2^(digits of the fraction) leaves the nearest integer in the low bits.
+HK_INLINE VecF exp2(VecF x) {
+  using U = Simd<float>::U;
+  const VecF magic = set1(12582912.0f);
+  const VecF clamped = x > 128.0f ? set1(128.0f) : x < -127.0f ? set1(-127.0f) : x;
+  const VecF shifted = clamped - 0.5f + magic;
+  const VecF f = clamped - (shifted - magic);
+  const VecF power = bit_cast<VecF>((bit_cast<U>(shifted) + 127u) << 23);
+  return x < -126.0f ? zero<float>() : polynomial<float>(kExp2Float, f) * power;
+}
+HK_INLINE VecD exp2(VecD x) {
+  using U = Simd<double>::U;
+  const VecD magic = set1(6755399441055744.0);
+  const VecD clamped = x > 1024.0 ? set1(1024.0) : x < -1023.0 ? set1(-1023.0) : x;
+  const VecD shifted = clamped + magic;
+  const VecD f = clamped - (shifted - magic);
+  const VecD power = bit_cast<VecD>((bit_cast<U>(shifted) + 1023u) << 52);
+  return x < -1022.0 ? zero<double>() : polynomial<double>(kExp2Double, f) * power;
+}
+#endif
+
+// log2 of positive normal numbers (0 gives -inf, NaN and inf stay), absolute error about 1e-7 plus rounding.
+HK_INLINE VecF log2(VecF x) {
+  using U = Simd<float>::U;
+  using I = Simd<float>::I;
+  // ln(1 + t) / t for t in [sqrt(1/2) - 1, sqrt(2) - 1]: minimax, relative error 2.6e-8.
+  constexpr float kLog[] = {1.0f,           -0.4999998808f, 0.3333418667f,  -0.2500207424f, 0.1995683312f,
+                            -0.1656239182f, 0.1495226771f,  -0.1436684877f, 0.0872236043f};
+  constexpr uint32_t kSqrtHalf = 0x3f3504f3;
+  const U shifted = bit_cast<U>(x) - kSqrtHalf;
+  const I exponent = bit_cast<I>(shifted) >> 23;
+  const VecF t = bit_cast<VecF>((shifted & 0x007fffffu) + kSqrtHalf) - 1.0f;
+  const VecF y = t * polynomial<float>(kLog, t) * static_cast<float>(kLog2E) + __builtin_convertvector(exponent, VecF);
+  const VecF special = x == 0.0f ? set1(-__builtin_inff()) : x;
+  return (x > 0.0f) & (x < __builtin_inff()) ? y : special;
+}
+HK_INLINE VecD log2(VecD x) {
+  VecD y;
+  for (int i = 0; i < kWidth<double>; ++i) y[i] = ::log2(x[i]);
+  return y;
+}
+
+// For |x| small, tanh x = x + x^3 * (a polynomial, or a ratio of two, in x^2): Cephes, Moshier.
+HK_INLINE VecF tanh_small(VecF x) {
+  constexpr float kTanh[] = {-3.33332819422e-1f, 1.33314422036e-1f, -5.37397155531e-2f, 2.06390887954e-2f,
+                             -5.70498872745e-3f};
+  const VecF z = x * x;
+  return fma(x * z, polynomial<float>(kTanh, z), x);
+}
+HK_INLINE VecD tanh_small(VecD x) {
+  constexpr double kP[] = {-1.61468768441708447952e3, -9.92877231001918586564e1, -9.64399179425052238628e-1};
+  constexpr double kQ[] = {4.84406305325125486048e3, 2.23548839060100448583e3, 1.12811678491632931402e2, 1.0};
+  const VecD z = x * x;
+  return fma(x * z, polynomial<double>(kP, z) / polynomial<double>(kQ, z), x);
+}
+template <class V>
+HK_INLINE V tanh(V x) {
+  using F = decltype(+V{}[0]);
+  const V magnitude = x < F(0) ? -x : x;
+  const V large = F(1) - F(2) / (exp2(magnitude * F(2 * kLog2E)) + F(1));
+  const V signed_large = x < F(0) ? -large : large;
+  return magnitude < F(0.625) ? tanh_small(x) : signed_large;
+}
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels
