@@ -65,9 +65,7 @@ class KeyRange(NamedTuple):
         own = n_keys - n_queries
         lo = Staircase() if left is None else Staircase(rise=1, offset=own - left)
         hi = (
-            Staircase(offset=n_keys)
-            if right is None
-            else Staircase(rise=1, offset=own + right + 1)
+            Staircase(offset=n_keys) if right is None else Staircase(rise=1, offset=own + right + 1)
         )
         return KeyRange(lo, hi)
 
@@ -97,7 +95,9 @@ class KeyRange(NamedTuple):
         return KeyRange(lo, hi)
 
     @staticmethod
-    def compressed(first_end: int, stride: int, num_memory: int = 0, strict: bool = False) -> KeyRange:
+    def compressed(
+        first_end: int, stride: int, num_memory: int = 0, strict: bool = False
+    ) -> KeyRange:
         """num_memory keys seen by all, then key w, seen once first_end + w * stride <= i (< if strict)."""
         shift = -first_end - (1 if strict else 0)
         return KeyRange(Staircase(), Staircase(shift, stride, 1, num_memory + 1, num_memory))

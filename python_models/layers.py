@@ -44,78 +44,60 @@ class FeedForward(nn.Sequential):
 class RotaryEmbedding(nn.Module):
     """Rotary positions, half-split layout (Su et al., 2021, section 3.2).
 
-    Channel ``c`` and channel ``c + D/2`` form a pair that is turned by ``position * theta**(-2c/D)``.
+    Channels ``c`` and ``c + D/2`` form a pair, turned by ``position * theta**(-2c/D)``.
     """
 
     inv_freq: Tensor
 
     def __init__(self, dim: int, theta: float = 10000.0) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", theta ** -(torch.arange(0, dim, 2).float() / dim))
+        self.register_buffer("inv_freq", 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim))
 
-    def forward(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions ``start <= n < stop``, each ``(stop - start, D)``."""
-        positions = torch.arange(start, stop, device=self.inv_freq.device, dtype=self.inv_freq.dtype)
-        angles = torch.outer(positions, self.inv_freq).repeat(1, 2)
-        return angles.cos(), angles.sin()
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        """Tables for :func:`apply_rotary` of positions 0 to length - 1, each ``(length, D)``."""
+        positions = torch.arange(length, device=self.inv_freq.device, dtype=self.inv_freq.dtype)
+        angles = torch.outer(positions, self.inv_freq)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns ``x`` (..., N, D) by its positions; keeps its dtype under autocast."""
-    cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    """Turns ``x`` (..., N, D) by its positions; keeps its dtype under autocast.
 
-
-class ShiftCache:
-    """The delayed channels of the newest token, ``(B, 1, C // 2)``; None before the first token."""
-
-    last: Tensor | None = None
-
-
-def token_shift(x: Tensor, cache: ShiftCache | None = None) -> Tensor:
-    """Delays the second half of the channels by one position: ``(B, N, C) -> (B, N, C)``.
-
-    The first token's delayed half is zero, or, when a cache that has seen earlier tokens is given,
-    the half that the newest of those tokens left behind. The cache then takes this call's last.
+    A roll by half the channels brings each channel to its partner; the sign of the rotation is in
+    the table of sines.
     """
+    cos, sin = rotary
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+
+
+def token_shift(x: Tensor) -> Tensor:
+    """Delays the second half of the channels by one position, zero first: ``(B, N, C)``."""
     kept, delayed = x.chunk(2, dim=-1)
-    if cache is None or cache.last is None:
-        shifted = F.pad(delayed, (0, 0, 1, -1))
-    elif x.shape[-2] == 1:
-        shifted = cache.last
-    else:
-        shifted = torch.cat((cache.last, delayed[:, :-1]), dim=-2)
-    if cache is not None:
-        cache.last = delayed[:, -1:]
-    return torch.cat((kept, shifted), dim=-1)
+    return torch.cat((kept, F.pad(delayed, (0, 0, 1, -1))), dim=-1)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in buffers that are allocated once.
+    """Keys and values of the tokens seen so far, in one buffer that is allocated once.
 
-    The buffers take the dtype of the first keys, which autocast may have lowered.
+    The buffer takes batch, heads, channels and dtype (which autocast may have lowered) from the
+    first keys it is given. ``length`` counts the tokens; setting it to 0 forgets them.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._buffer: Tensor | None = None
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores ``k, v`` (B, H, N, D) and returns views of everything stored, oldest first."""
-        if self._buffers is None:
-            b, h, _, d = k.shape
-            self._buffers = (
-                k.new_empty(b, h, self.capacity, d),
-                v.new_empty(b, h, self.capacity, v.shape[-1]),
-            )
-        start, stop = self.length, self.length + k.shape[-2]
-        self.length = stop
-        keys, values = self._buffers
-        keys[:, :, start:stop] = k
-        values[:, :, start:stop] = v
-        return keys[:, :, :stop], values[:, :, :stop]
+    def append(self, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores ``kv (2, B, H, N, D)``; returns all keys and values, ``(B, H, length, D)``."""
+        if self._buffer is None:
+            two, batch, heads, _, channels = kv.shape
+            self._buffer = kv.new_empty(two, batch, heads, self.capacity, channels)
+        start, self.length = self.length, self.length + kv.shape[3]
+        self._buffer[:, :, :, start : self.length] = kv
+        keys, values = self._buffer[:, :, :, : self.length].unbind(0)
+        return keys, values
 
 
 def keep_top(logits: Tensor, thres: float) -> Tensor:
@@ -125,16 +107,13 @@ def keep_top(logits: Tensor, thres: float) -> Tensor:
     return torch.full_like(logits, -torch.inf).scatter_(-1, indices, values)
 
 
-def sample_logits(
+def gumbel_sample(
     logits: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
     """Draws from softmax(logits / temperature) over the last dimension: ``(..., V) -> (...)``.
 
-    Gumbel-max: the largest of the logits plus Gumbel noise is such a draw. Temperature 0 is its
-    limit, the most likely token, and uses no random number.
+    The index of the largest of the logits plus Gumbel noise is such a draw (Gumbel, 1954).
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
     tiny = 1e-20
     uniform = torch.empty_like(logits).uniform_(0, 1, generator=generator)
     gumbel = -(-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()

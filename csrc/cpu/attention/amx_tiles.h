@@ -170,6 +170,14 @@ HK_INLINE void copy_row(const bf16* row, int dim, int steps, __m512i flip, bf16*
     _mm512_store_si512(out + 32 * s, _mm512_xor_si512(load_channels(row, 32 * s, dim), flip));
 }
 
+// Asks for the cache lines of a row: of the next task while this one computes, or of a result before it is stored.
+HK_INLINE void prefetch_row(const bf16* row, int steps) {
+  for (int s = 0; s < steps; ++s) __builtin_prefetch(row + 32 * s, 0, 2);
+}
+HK_INLINE void prefetch_row_to_write(const bf16* row, int steps) {
+  for (int s = 0; s < steps; ++s) __builtin_prefetch(row + 32 * s, 1, 2);
+}
+
 HK_INLINE void zero_row(int steps, bf16* out) {
   for (int s = 0; s < steps; ++s) _mm512_store_si512(out + 32 * s, _mm512_setzero_si512());
 }

@@ -1,6 +1,268 @@
+// The backward kernel: tiles of keys outside, blocks of packed rows inside. dK and dV of a tile of keys are summed in
+// scratch over all rows (the heads of the group included), dQ in scratch over the tiles of keys.
 #pragma once
-#include "softmax.h"
+#include <omp.h>
+
+#include <new>
+
+#include "../scratch.h"
+#include "backward_plan.h"
+#include "gradients.h"
+#include "kernel_shape.h"
 #include "storage.h"
-namespace hierkernels { namespace HK_ISA { namespace {
-template <class F> struct Backward { Backward(const AttentionParams&, const Storage<F>&) {} void run() {} };
-}}}
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+template <class F>
+class Backward {
+ public:
+  Backward(const AttentionParams& p, const Storage<F>& storage)
+      : p_(p), storage_(storage), shape_(p), blocks_{p.n_queries() * p.group(), tile_rows(p)},
+        key_tiles_(p.n_keys() <= kTileKeys ? 1 : (p.n_keys() + kTileKeys - 1) / kTileKeys), whole_(key_tiles_ == 1) {
+    const Rows q = rows_of(p.q, storage, 0, 0, p.group()), dout = rows_of(p.dout, storage, 0, 0, p.group());
+    q_in_place_ = storage.native && shape_.dim == shape_.padded && q.uniform_stride(p.n_queries()) != 0;
+    dout_in_place_ = storage.native && shape_.dim_v == shape_.padded_v && dout.uniform_stride(p.n_queries()) != 0;
+    k_in_place_ = storage.native && shape_.dim == shape_.padded;
+    dq_rows_ = whole_ ? shape_.rows : blocks_.rows;
+    plan_ = plan_backward(p, omp_get_max_threads(), key_tiles_, dq_size() * static_cast<int64_t>(sizeof(F)), sizeof(F));
+
+    const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
+    const int64_t keys = round_up(shape_.keys, shape_.panel), padded = shape_.padded, padded_v = shape_.padded_v;
+    tile_at_ = layout_.add(sizeof(TileRows));
+    scores_at_ = part(shape_.rows * shape_.stride);
+    dp_at_ = part(shape_.rows * shape_.stride);
+    k_panels_at_ = part(keys * padded);
+    v_panels_at_ = part(keys * padded_v);
+    k_at_ = part(k_in_place_ ? 0 : keys * padded);
+    q_at_ = part(q_in_place_ ? 0 : shape_.rows * padded);
+    dout_at_ = part(dout_in_place_ ? 0 : shape_.rows * padded_v);
+    dk_at_ = part(keys * padded);
+    dv_at_ = part(keys * padded_v);
+    lse_at_ = part(dq_rows_);
+    delta_at_ = part(dq_rows_);
+    keep_at_ = part(kTileKeys);
+    slope_at_ = part(kTileKeys);
+    additive_at_ = part(TileModifiers<F>::additive_rows(p) * kTileKeys);
+    dq_at_ = part(plan_.splits > 1 ? 0 : dq_size());
+  }
+
+  void run() {
+    const int64_t units = plan_.units();
+    if (units == 0) return;
+    const int at_once = tasks_at_once(units);
+    const int64_t partial_dq = plan_.splits > 1 ? plan_.pairs() * plan_.splits * dq_size() : 0;
+    const int64_t bias_copy = bias_size(), bias_copies = (plan_.chunks - 1) * bias_copy;
+    if (partial_dq + bias_copies > 0)
+      shared_ = reinterpret_cast<F*>(
+          thread_scratch(ScratchUse::kShared, static_cast<size_t>(partial_dq + bias_copies) * sizeof(F)));
+    bias_copies_ = shared_ + partial_dq;
+#pragma omp parallel
+    {
+      if (bias_copies > 0) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < bias_copies; ++i) bias_copies_[i] = F(0);
+      }
+      Work w(*this, thread_scratch(ScratchUse::kTask, layout_.total()));
+#pragma omp for schedule(dynamic, at_once)
+      for (int64_t u = 0; u < units; ++u) {
+        const int64_t family = u / plan_.chunks, chunk = u % plan_.chunks;
+        F* dbias = chunk == 0 ? p_.dbias.as<F>() : bias_copies_ + (chunk - 1) * bias_copy;
+        for (int64_t m = plan_.first_member(chunk); m < plan_.first_member(chunk + 1); ++m)
+          task(w, plan_.task(family, m), dbias);
+      }
+      if (plan_.splits > 1) add_partial_dq();
+      if (bias_copies > 0) {
+        F* dbias = p_.dbias.as<F>();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < bias_copy; ++i)
+          for (int64_t c = 0; c + 1 < plan_.chunks; ++c) dbias[i] += bias_copies_[c * bias_copy + i];
+      }
+    }
+  }
+
+ private:
+  // What a thread works with.
+  struct Work {
+    TileRows& tile;
+    F *scores, *dp, *k_panels, *v_panels, *k, *q, *dout, *dk, *dv, *lse, *delta, *dq;
+    TileModifiers<F> modifiers;
+    GradientRows<F> rows;
+
+    Work(const Backward& f, char* scratch)
+        : tile(*new (scratch + f.tile_at_) TileRows), scores(at(scratch, f.scores_at_)), dp(at(scratch, f.dp_at_)),
+          k_panels(at(scratch, f.k_panels_at_)), v_panels(at(scratch, f.v_panels_at_)), k(at(scratch, f.k_at_)),
+          q(at(scratch, f.q_at_)), dout(at(scratch, f.dout_at_)), dk(at(scratch, f.dk_at_)), dv(at(scratch, f.dv_at_)),
+          lse(at(scratch, f.lse_at_)), delta(at(scratch, f.delta_at_)), dq(at(scratch, f.dq_at_)),
+          modifiers(f.p_, at(scratch, f.additive_at_)),
+          rows{nullptr, nullptr, nullptr, static_cast<F>(f.p_.scale), at(scratch, f.keep_at_), at(scratch, f.slope_at_)} {}
+    static F* at(char* scratch, size_t offset) { return reinterpret_cast<F*>(scratch + offset); }
+  };
+
+  // Rows that products read: in the tensor, or loaded to scratch.
+  struct Operand {
+    const F* data;
+    int64_t stride;
+  };
+
+  int64_t dq_size() const { return dq_rows_ * shape_.padded; }
+  int64_t bias_size() const {
+    const Tensor& g = p_.dbias;
+    return g ? g.size[0] * g.size[1] * g.size[2] * g.size[3] : 0;
+  }
+
+  void task(Work& w, const BackwardTask& t, F* dbias) const {
+    const int64_t pair = t.b * p_.kv_heads() + t.kv_head;
+    F* dq = plan_.splits > 1 ? shared_ + (pair * plan_.splits + t.split) * dq_size() : w.dq;
+    if (!whole_) {
+      prepare_rows(t, 0, blocks_.rows, w.lse, w.delta);
+      memset(dq, 0, static_cast<size_t>(dq_size()) * sizeof(F));
+    }
+    for (int64_t tile = t.split; tile < key_tiles_; tile += plan_.splits) key_tile(w, t, tile, dq, dbias);
+    if (!whole_ && plan_.splits == 1) store_dq(t, 0, blocks_.rows, dq);
+  }
+
+  // lse (base 2; +inf for a row that sees nothing) and delta of rows first .. first + n; if the tiles hold all keys,
+  // only -dlse, as delta.
+  void prepare_rows(const BackwardTask& t, int64_t first, int64_t n, F* lse, F* delta) const {
+    const int64_t group = p_.group(), queries = p_.n_queries();
+    const int64_t heads_at = (t.b * p_.heads() + t.kv_head * group) * queries;
+    if (!whole_) {
+      const Rows out = rows_of(p_.out, storage_, t.b, t.kv_head, group);
+      const Rows dout = rows_of(p_.dout, storage_, t.b, t.kv_head, group);
+      storage_.dot(out, dout, first, static_cast<int>(n), shape_.dim_v, delta);
+    }
+    const F infinite = static_cast<F>(__builtin_inff());
+    int64_t i = first / group, g = first % group;
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t at = heads_at + g * queries + i;
+      const F gradient = p_.dlse ? p_.dlse.as<F>()[at] : F(0);
+      if (whole_) {
+        delta[r] = gradient;
+      } else {
+        const F x = p_.lse.as<F>()[at];
+        lse[r] = x == -infinite ? infinite : x * static_cast<F>(kLog2E);
+        delta[r] -= gradient;
+      }
+      if (++g == group) {
+        g = 0;
+        ++i;
+      }
+    }
+  }
+
+  void key_tile(Work& w, const BackwardTask& t, int64_t index, F* dq, F* dbias) const {
+    const int64_t key = index * kTileKeys, left = p_.n_keys() - key;
+    const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
+    const Rows k_rows = rows_of(p_.k, storage_, t.b, t.kv_head, 1), v_rows = rows_of(p_.v, storage_, t.b, t.kv_head, 1);
+    storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k_panels, shape_.panel);
+    storage_.transpose(v_rows, key, keys, shape_.dim_v, F(1), w.v_panels, shape_.panel);
+    const Operand k = operand(k_in_place_, k_rows, k_rows.token_stride, key, keys, shape_.dim, shape_.padded, w.k);
+
+    // The blocks of rows that see one of the keys; all of them if dQ is stored block by block.
+    int64_t block = 0, end = blocks_.count();
+    if (!whole_) {
+      const int64_t queries = p_.n_queries();
+      block = p_.range.hi.first_reaching(key + 1, queries) * p_.group() / blocks_.size;
+      end = (p_.range.lo.first_reaching(key + keys, queries) * p_.group() + blocks_.size - 1) / blocks_.size;
+    }
+    Update update = Update::kStore;
+    for (; block < end; ++block, update = Update::kAdd) row_block(w, t, block, key, keys, k, dq, dbias, update);
+    if (update == Update::kStore) {
+      clear(w.dk, 0, keys * shape_.padded);
+      clear(w.dv, 0, keys * shape_.padded_v);
+    }
+    const F one = F(1);
+    storage_.store(rows_of(p_.dk, storage_, t.b, t.kv_head, 1), key, keys, shape_.dim, w.dk, shape_.padded, &one, 0);
+    storage_.store(rows_of(p_.dv, storage_, t.b, t.kv_head, 1), key, keys, shape_.dim_v, w.dv, shape_.padded_v, &one, 0);
+  }
+
+  void row_block(Work& w, const BackwardTask& t, int64_t block, int64_t key, int keys, const Operand& k, F* dq,
+                 F* dbias, Update update) const {
+    const int64_t group = p_.group(), first = blocks_.first(block);
+    TileRows& tile = w.tile;
+    tile.set_rows(p_.range, first, blocks_.rows_of(block), group, p_.n_keys());
+    tile.set_keys(key, keys);
+    w.modifiers.set_tile(t.b, t.kv_head, tile);
+    const Rows q_rows = rows_of(p_.q, storage_, t.b, t.kv_head, group);
+    const Rows dout_rows = rows_of(p_.dout, storage_, t.b, t.kv_head, group);
+    const int64_t queries = p_.n_queries();
+    const Operand q = operand(q_in_place_, q_rows, q_rows.uniform_stride(queries), first, tile.n, shape_.dim,
+                              shape_.padded, w.q);
+    const Operand dout = operand(dout_in_place_, dout_rows, dout_rows.uniform_stride(queries), first, tile.n,
+                                 shape_.dim_v, shape_.padded_v, w.dout);
+    BiasGradient<F> bias;
+    if (p_.dbias) {
+      const Tensor& g = p_.dbias;
+      bias = {dbias + t.b * g.stride[0] + t.kv_head * group * g.stride[1], g.stride[1], g.stride[2], g.stride[3]};
+    }
+
+    const int64_t stride = shape_.stride;
+    multiply_scores(tile, q.data, q.stride, w.k_panels, shape_.panel, shape_.dim, w.scores, stride);
+    multiply_scores(tile, dout.data, dout.stride, w.v_panels, shape_.panel, shape_.dim_v, w.dp, stride);
+    if (whole_) {
+      prepare_rows(t, first, tile.n, w.lse, w.delta);
+      w.rows.dlse = w.delta;
+      gradient_tile<true>(tile, w.modifiers, w.rows, bias, w.scores, w.dp, stride);
+    } else {
+      w.rows.lse = w.lse + first;
+      w.rows.delta = w.delta + first;
+      gradient_tile<false>(tile, w.modifiers, w.rows, bias, w.scores, w.dp, stride);
+    }
+    multiply_keys(tile, w.scores, stride, dout.data, dout.stride, shape_.dim_v, w.dv, shape_.padded_v, update);
+    multiply_keys(tile, w.dp, stride, q.data, q.stride, shape_.dim, w.dk, shape_.padded, update);
+    F* dq_block = whole_ ? dq : dq + first * shape_.padded;
+    multiply_rows(tile, w.dp, stride, k.data, k.stride, shape_.dim, dq_block, shape_.padded,
+                  whole_ ? Update::kStore : Update::kAdd, static_cast<const F*>(nullptr));
+    if (whole_) store_dq(t, first, tile.n, dq);
+  }
+
+  Operand operand(bool in_place, const Rows& rows, int64_t stride, int64_t first, int n, int dim, int padded,
+                  F* scratch) const {
+    if (in_place) return {reinterpret_cast<const F*>(rows.data) + first * stride, stride};
+    storage_.load(rows, first, n, dim, scratch, padded);
+    return {scratch, padded};
+  }
+
+  void store_dq(const BackwardTask& t, int64_t first, int64_t n, const F* dq) const {
+    const F one = F(1);
+    storage_.store(rows_of(p_.dq, storage_, t.b, t.kv_head, p_.group()), first, static_cast<int>(n), shape_.dim, dq,
+                   shape_.padded, &one, 0);
+  }
+
+  // In a parallel region: the partial sums of the splits, in order.
+  void add_partial_dq() const {
+    const int64_t blocks = blocks_.count(), tasks = plan_.pairs() * blocks;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < tasks; ++i) {
+      const int64_t pair = i / blocks, block = i % blocks, first = blocks_.first(block);
+      const int64_t count = static_cast<int64_t>(blocks_.rows_of(block)) * shape_.padded;
+      F* sum = shared_ + pair * plan_.splits * dq_size() + first * shape_.padded;
+      for (int64_t s = 1; s < plan_.splits; ++s) {
+        const F* part = sum + s * dq_size();
+        for (int64_t x = 0; x < count; x += kWidth<F>) store(sum + x, load(sum + x) + load(part + x));
+      }
+      store_dq({pair / p_.kv_heads(), pair % p_.kv_heads(), 0}, first, blocks_.rows_of(block), sum);
+    }
+  }
+
+  const AttentionParams& p_;
+  const Storage<F>& storage_;
+  KernelShape<F> shape_;
+  RowBlocks blocks_;
+  int64_t key_tiles_;
+  bool whole_;  // one tile holds all keys
+  bool q_in_place_, dout_in_place_, k_in_place_;
+  int64_t dq_rows_;  // rows of dQ in scratch: all, or those of a block if the tile is whole
+  BackwardPlan plan_;
+  F* shared_ = nullptr;  // partial dQ, then copies of dbias
+  F* bias_copies_ = nullptr;
+  ScratchLayout layout_;
+  size_t tile_at_, scores_at_, dp_at_, k_panels_at_, v_panels_at_, k_at_, q_at_, dout_at_, dk_at_, dv_at_, lse_at_,
+      delta_at_, keep_at_, slope_at_, additive_at_, dq_at_;
+};
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

@@ -1,10 +1,9 @@
 // The forward kernel: blocks of packed rows, tiles of keys, online softmax in base 2.
 #pragma once
-#include <omp.h>
-
 #include <new>
 
 #include "../scratch.h"
+#include "kernel_shape.h"
 #include "softmax.h"
 #include "storage.h"
 
@@ -12,45 +11,23 @@ namespace hierkernels {
 namespace HK_ISA {
 namespace {
 
-// Channels above which tiles have half the rows.
-constexpr int kWideChannels = 256;
-inline int tile_rows(const AttentionParams& p) {
-  return p.dim() > kWideChannels || p.dim_v() > kWideChannels ? kTileRows / 2 : kTileRows;
-}
-inline int tile_keys(const AttentionParams& p) {
-  const int64_t keys = p.n_keys() < kTileKeys ? p.n_keys() : kTileKeys;
-  return keys < 1 ? 1 : static_cast<int>(keys);
-}
-// Tasks a thread takes at once: few if they are long and may differ, many if there are many.
-inline int tasks_at_once(int64_t tasks) {
-  const int64_t each = tasks / (omp_get_max_threads() * int64_t{32});
-  return each < 1 ? 1 : each > 256 ? 256 : static_cast<int>(each);
-}
-
 template <class F>
 class Forward {
  public:
   Forward(const AttentionParams& p, const Storage<F>& storage)
-      : p_(p), storage_(storage), blocks_{p.n_queries() * p.group(), tile_rows(p)},
-        dim_(static_cast<int>(p.dim())), dim_v_(static_cast<int>(p.dim_v())) {
-    constexpr int W = kWidth<F>;
-    const int keys = round_up(tile_keys(p), W);
-    const int rows = blocks_.rows < blocks_.size ? static_cast<int>(blocks_.rows) : blocks_.size;
-    panel_ = keys < kPanel<F> ? keys : kPanel<F>;
-    stride_ = keys + W;
-    padded_ = round_up(dim_, W);
-    padded_v_ = round_up(dim_v_, W);
+      : p_(p), storage_(storage), shape_(p), blocks_{p.n_queries() * p.group(), tile_rows(p)} {
     const Rows q = rows_of(p.q, storage, 0, 0, p.group());
     q_in_place_ = storage.native && q.uniform_stride(p.n_queries()) != 0;
-    v_in_place_ = storage.native && dim_v_ % W == 0;
+    v_in_place_ = storage.native && shape_.dim_v == shape_.padded_v;
 
     const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
     tile_at_ = layout_.add(sizeof(TileRows));
-    scores_at_ = part(static_cast<int64_t>(rows) * stride_);
-    out_at_ = part(static_cast<int64_t>(rows) * padded_v_);
-    k_at_ = part(static_cast<int64_t>(round_up(keys, panel_)) * padded_);
-    v_at_ = part(v_in_place_ ? 0 : static_cast<int64_t>(keys) * padded_v_);
-    q_at_ = part(q_in_place_ ? 0 : static_cast<int64_t>(rows) * padded_);
+    const int64_t keys = round_up(shape_.keys, shape_.panel);
+    scores_at_ = part(shape_.rows * shape_.stride);
+    out_at_ = part(shape_.rows * shape_.padded_v);
+    k_at_ = part(keys * shape_.padded);
+    v_at_ = part(v_in_place_ ? 0 : keys * shape_.padded_v);
+    q_at_ = part(q_in_place_ ? 0 : shape_.rows * shape_.padded);
     rows_at_ = part(4 * kTileRows);
     keep_at_ = part(kTileKeys);
     additive_at_ = part(TileModifiers<F>::additive_rows(p) * kTileKeys);
@@ -94,12 +71,12 @@ class Forward {
     tile.set_rows(p_.range, first, blocks_.rows_of(block_index), group, p_.n_keys());
 
     const F* q = w.q;
-    int64_t q_stride = padded_;
+    int64_t q_stride = shape_.padded;
     if (q_in_place_) {
       q_stride = q_rows.uniform_stride(p_.n_queries());
       q = reinterpret_cast<const F*>(q_rows.data) + first * q_stride;
     } else {
-      storage_.load(q_rows, first, tile.n, dim_, w.q, padded_);
+      storage_.load(q_rows, first, tile.n, shape_.dim, w.q, shape_.padded);
     }
     const F hidden = -static_cast<F>(__builtin_inff());
     for (int r = 0; r < tile.n; ++r) {
@@ -113,21 +90,21 @@ class Forward {
       const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
       tile.set_keys(key, keys);
       w.modifiers.set_tile(b, kv_head, tile);
-      storage_.transpose(k_rows, key, keys, dim_, score_factor<F>(p_), w.k, panel_);
+      storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k, shape_.panel);
       const F* v = w.v;
-      int64_t v_stride = padded_v_;
+      int64_t v_stride = shape_.padded_v;
       if (v_in_place_) {
         v_stride = v_rows.token_stride;
         v = reinterpret_cast<const F*>(v_rows.data) + key * v_stride;
       } else {
-        storage_.load(v_rows, key, keys, dim_v_, w.v, padded_v_);
+        storage_.load(v_rows, key, keys, shape_.dim_v, w.v, shape_.padded_v);
       }
-      multiply_scores(tile, q, q_stride, w.k, panel_, dim_, w.scores, stride_);
-      softmax_tile(tile, w.modifiers, w.scores, stride_, w.keep, w.max_of, w.sum_of, w.rescale);
-      multiply_rows(tile, w.scores, stride_, v, v_stride, dim_v_, w.out, padded_v_, update, w.rescale);
+      multiply_scores(tile, q, q_stride, w.k, shape_.panel, shape_.dim, w.scores, shape_.stride);
+      softmax_tile(tile, w.modifiers, w.scores, shape_.stride, w.keep, w.max_of, w.sum_of, w.rescale);
+      multiply_rows(tile, w.scores, shape_.stride, v, v_stride, shape_.dim_v, w.out, shape_.padded_v, update, w.rescale);
       update = Update::kRescale;
     }
-    if (update == Update::kStore) clear(w.out, 0, tile.n * padded_v_);
+    if (update == Update::kStore) clear(w.out, 0, tile.n * shape_.padded_v);
     finish(w, b, kv_head);
   }
 
@@ -142,16 +119,15 @@ class Forward {
       store(w.max_of + r, select(none, empty, (load(w.max_of + r) + log2(sum)) * static_cast<F>(kLn2)));
     }
     const Rows out_rows = rows_of(p_.out, storage_, b, kv_head, p_.group());
-    storage_.store(out_rows, tile.first, tile.n, dim_v_, w.out, padded_v_, w.inverse, 1);
+    storage_.store(out_rows, tile.first, tile.n, shape_.dim_v, w.out, shape_.padded_v, w.inverse, 1);
     F* lse = p_.lse.as<F>() + (b * p_.heads() + kv_head * p_.group()) * p_.n_queries();
     for (int r = 0; r < tile.n; ++r) lse[tile.head[r] * p_.n_queries() + tile.query[r]] = w.max_of[r];
   }
 
   const AttentionParams& p_;
   const Storage<F>& storage_;
+  KernelShape<F> shape_;
   RowBlocks blocks_;
-  int dim_, dim_v_, padded_, padded_v_, panel_;
-  int64_t stride_;  // of rows of scores
   bool q_in_place_, v_in_place_;
   ScratchLayout layout_;
   size_t tile_at_, scores_at_, out_at_, k_at_, v_at_, q_at_, rows_at_, keep_at_, additive_at_;

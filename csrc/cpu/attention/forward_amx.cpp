@@ -179,9 +179,22 @@ struct Forward {
     return p.v.as<bf16>() + b * p.v.stride[0] + h * p.v.stride[1] + j * p.v.stride[2];
   }
 
+  // The distance from a head of t to the one that the thread takes next, in elements.
+  int64_t to_next(const Tensor& t, int64_t b, int64_t h, int64_t heads_each) const {
+    if (h + 1 < Hkv) return heads_each * t.stride[1];
+    return b + 1 < B ? t.stride[0] - h * heads_each * t.stride[1] : 0;
+  }
+
   // The keys [j0, j0 + 32) into their packed places.
   void pack_keys(int64_t b, int64_t h, int64_t j0, bf16* k, bf16* v) const {
     const int n = static_cast<int>(Nk - j0 < 32 ? Nk - j0 : 32);
+    if (!share) {
+      const int64_t next_k = to_next(p.k, b, h, 1), next_v = to_next(p.v, b, h, 1);
+      for (int j = 0; j < n; ++j) {
+        prefetch_row(key_row(b, h, j0 + j) + next_k, steps);
+        prefetch_row(value_row(b, h, j0 + j) + next_v, v_steps);
+      }
+    }
     const bf16 *k0 = key_row(b, h, j0), *v0 = value_row(b, h, j0);
     const int64_t ks = p.k.stride[2], vs = p.v.stride[2];
     pack_transposed([=](int i) { return k0 + i * ks; }, n, D, steps, k);
@@ -213,11 +226,16 @@ struct Task {
 
   void load_rows() {
     const int padded = (count + 15) & ~15;
-    const Tensor& q = f.p.q;
+    const Tensor &q = f.p.q, &out = f.p.out;
+    const int64_t next_q = f.share ? 0 : f.to_next(q, b, h, f.G);
     for (int r = 0; r < count; ++r) {
-      const int64_t i = query(r);
-      copy_row(q.as<bf16>() + b * q.stride[0] + head(r) * q.stride[1] + i * q.stride[2], f.D, f.steps, f.flip,
-               m.q + r * f.steps * 32);
+      const int64_t i = query(r), hq = head(r);
+      const bf16* row = q.as<bf16>() + b * q.stride[0] + hq * q.stride[1] + i * q.stride[2];
+      copy_row(row, f.D, f.steps, f.flip, m.q + r * f.steps * 32);
+      if (!f.share) {
+        prefetch_row(row + next_q, f.steps);
+        prefetch_row_to_write(out.as<bf16>() + b * out.stride[0] + hq * out.stride[1] + i * out.stride[2], f.v_steps);
+      }
       m.lo[r] = static_cast<int32_t>(f.p.range.lo.at(i, f.Nk));
       m.hi[r] = static_cast<int32_t>(f.p.range.hi.at(i, f.Nk));
       m.top[r] = kLowest;

@@ -151,20 +151,21 @@ void multiply_rows(const TileRows& tile, const F* weights, int64_t stride, const
   });
 }
 
-// out(key j) += sum over rows of weights[r * stride + j] * x(row r).
+// out(key j) = update(out(key j)) + sum over rows of weights[r * stride + j] * x(row r). With kStore, keys that no row
+// sees become zero.
 template <class F>
 void multiply_keys(const TileRows& tile, const F* weights, int64_t stride, const F* x, int64_t x_stride, int dim,
-                   F* out, int64_t out_stride) {
+                   F* out, int64_t out_stride, Update update) {
   constexpr int W = kWidth<F>;
   for_each_part((dim + W - 1) / W, kMaxColumns, [&](int column, int columns) {
     int begin = 0, end = 0;  // the rows that see the keys: both grow with the key
     for_each_part(tile.n_keys, kMaxRows[columns], [&](int j, int keys) {
       while (begin < tile.n && tile.to[begin] <= j) ++begin;
       while (end < tile.n && tile.from[end] < j + keys) ++end;
-      if (begin >= end) return;
+      if (begin >= end && update != Update::kStore) return;
       multiply<F, true>(keys, columns,
-                        {weights + begin * stride + j, stride, x + begin * x_stride + column * W, x_stride, end - begin,
-                         out + j * out_stride + column * W, out_stride, Update::kAdd, nullptr});
+                        {weights + begin * stride + j, stride, x + begin * x_stride + column * W, x_stride,
+                         end < begin ? 0 : end - begin, out + j * out_stride + column * W, out_stride, update, nullptr});
     });
   });
 }

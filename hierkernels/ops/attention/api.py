@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, Literal, overload
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from hierkernels import dispatch
 from hierkernels.key_range import KeyRange
 from hierkernels.ops.attention import reference
-from hierkernels.ops.attention import schema as schema  # registers torch.ops.hierkernels.attention_*
+from hierkernels.ops.attention import schema as schema  # registers the operators
 from hierkernels.ops.attention.call import AttentionCall
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,7 +32,9 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if t.device != q.device:
             raise ValueError(f"{name} must be on the device of q ({q.device}), got {t.device}")
         if t.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} must have the batch size of q ({q.shape[0]}), got {t.shape[0]}")
+            raise ValueError(
+                f"{name} must have the batch size of q ({q.shape[0]}), got {t.shape[0]}"
+            )
         if t.shape[3] == 0:
             raise ValueError(f"{name} must have at least one channel, got shape {tuple(t.shape)}")
     if k.shape[3] != q.shape[3]:
@@ -46,7 +49,9 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
-def _check_broadcast(name: str, t: Any, full: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _check_broadcast(
+    name: str, t: Any, full: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
     """t with four dimensions, each 1 or that of the scores."""
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
@@ -70,7 +75,9 @@ def _check_window(window_size: Any) -> tuple[int | None, int | None]:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
             raise TypeError(f"window_size must hold ints or None, got {window_size!r}")
         if side is not None and side < 0:
-            raise ValueError(f"window_size must not be negative (None = unlimited), got {window_size!r}")
+            raise ValueError(
+                f"window_size must not be negative (None = unlimited), got {window_size!r}"
+            )
     return window_size[0], window_size[1]
 
 
@@ -82,10 +89,19 @@ def _check_seed(seed: Any, q: torch.Tensor) -> torch.Tensor:
             raise ValueError("dropout_seed must be an int or one int64 element on the device of q")
         return seed.reshape(())
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"dropout_seed must be an int or an int64 tensor, got {type(seed).__name__}")
+        raise TypeError(
+            f"dropout_seed must be an int or an int64 tensor, got {type(seed).__name__}"
+        )
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"dropout_seed must fit 64 bits, got {seed}")
     return torch.full((), seed, dtype=torch.int64, device=q.device)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(
+        value, numbers.Real | torch.SymInt | torch.SymFloat
+    ):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def _unit_stride(t: torch.Tensor) -> torch.Tensor:
@@ -117,7 +133,9 @@ def make_call(
         if is_causal:
             right = 0
         key_range = (
-            KeyRange.full(Nq, Nk) if left is None and right is None else KeyRange.window(Nq, Nk, left, right)
+            KeyRange.full(Nq, Nk)
+            if left is None and right is None
+            else KeyRange.window(Nq, Nk, left, right)
         )
     if attn_bias is not None:
         attn_bias = _check_broadcast("attn_bias", attn_bias, full, q.device)
@@ -130,23 +148,36 @@ def make_call(
         if attn_mask.dtype != torch.bool:
             raise TypeError(f"attn_mask must be bool (True = may attend), got {attn_mask.dtype}")
     if key_padding_mask is not None:
+        if not isinstance(key_padding_mask, torch.Tensor):
+            raise TypeError(
+                f"key_padding_mask must be a torch.Tensor, got {type(key_padding_mask).__name__}"
+            )
         if tuple(key_padding_mask.shape) != (B, Nk):
             raise ValueError(
                 f"key_padding_mask must have shape (batch, keys) = {(B, Nk)}, "
                 f"got {tuple(key_padding_mask.shape)}"
             )
         if key_padding_mask.dtype != torch.bool:
-            raise TypeError(f"key_padding_mask must be bool (True = real token), got {key_padding_mask.dtype}")
+            raise TypeError(
+                f"key_padding_mask must be bool (True = real token), got {key_padding_mask.dtype}"
+            )
         if key_padding_mask.device != q.device:
-            raise ValueError(f"key_padding_mask must be on the device of q, got {key_padding_mask.device}")
+            raise ValueError(
+                f"key_padding_mask must be on the device of q, got {key_padding_mask.device}"
+            )
+    _check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    if softcap is not None:
+        _check_number("softcap", softcap)
+        if not 0.0 < softcap < math.inf:
+            raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if scale is None:
         scale = D**-0.5
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    else:
+        _check_number("scale", scale)
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"scale must be finite, got {scale}")
     return AttentionCall(
         _unit_stride(q), _unit_stride(k), _unit_stride(v), attn_bias, attn_mask, key_padding_mask,
         _check_seed(dropout_seed, q) if dropout_p else None,
@@ -166,8 +197,12 @@ def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.T
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k and v in the dtype that autocast asks for; what it does not cast is left to the checks."""
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    if not all(isinstance(t, torch.Tensor) and t.dtype in low for t in tensors):
+        return tensors
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+    if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) for t in tensors)
@@ -175,7 +210,12 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @overload
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[False] = False, **options: Any
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Any,
 ) -> torch.Tensor: ...
 @overload
 def attention(
@@ -242,7 +282,9 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def explain(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> dispatch.Choice:
+def explain(
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> dispatch.Choice:
     """The backend that `op` ("attention") would use for these arguments, and why others refuse.
 
     Raises ValueError for an unknown op, and whatever the op itself would raise.

@@ -13,7 +13,9 @@ from hierkernels.ops.attention.call import AttentionCall
 _WORD = 0xFFFFFFFF
 
 
-def philox_word(seed: int, i: torch.Tensor, j: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def philox_word(
+    seed: int | torch.Tensor, i: torch.Tensor, j: torch.Tensor, h: torch.Tensor, b: torch.Tensor
+) -> torch.Tensor:
     """The 32 random bits of (query i, key j, head h, batch b), as int64; the inputs broadcast.
 
     Philox4x32-10 (Salmon et al., SC 2011), key = seed, counter = (j // 64 * 16 + j % 16, i, h, b);
@@ -46,7 +48,7 @@ def dropout_keep(call: AttentionCall) -> torch.Tensor:
     i = torch.arange(Nq, device=device)[:, None]
     j = torch.arange(Nk, device=device)
     threshold = min(int(call.dropout_p * 2**32), _WORD)
-    return philox_word(int(call.seed), i, j, h, b) >= threshold
+    return philox_word(call.seed, i, j, h, b) >= threshold
 
 
 def supports(call: AttentionCall) -> list[str]:
@@ -106,7 +108,11 @@ def backward(
     """As every backend's backward, from the saved (out, lse): the formula that the kernels follow."""
     scores, biased = _scores(call)
     p = _probabilities(biased, lse)
-    keep = dropout_keep(call).to(p.dtype) / (1 - call.dropout_p) if call.dropout_p else torch.ones_like(p[:1, :1])
+    keep = (
+        dropout_keep(call).to(p.dtype) / (1 - call.dropout_p)
+        if call.dropout_p
+        else torch.ones_like(p[:1, :1])
+    )
     per_kv_head = "b (h g) i d -> b h g i d"
     do = rearrange(dout, per_kv_head, h=call.k.shape[1])
     q = rearrange(call.q, per_kv_head, h=call.k.shape[1])

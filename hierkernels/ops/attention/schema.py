@@ -33,7 +33,9 @@ def _unit_stride(t: torch.Tensor) -> torch.Tensor:
 
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = _call(args[:11])
-    module = dispatch.load_backend("attention", dispatch.resolve("attention", call, args[11]).backend)
+    module = dispatch.load_backend(
+        "attention", dispatch.resolve("attention", call, args[11]).backend
+    )
     return module.forward(call)
 
 
@@ -44,7 +46,9 @@ def _fake_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
     call = _call(args[:11])
     out, lse, dout, dlse, bias_grad, backend = args[11:]
-    module = dispatch.load_backend("attention", dispatch.resolve("attention", call, backend).backend)
+    module = dispatch.load_backend(
+        "attention", dispatch.resolve("attention", call, backend).backend
+    )
     *grads, dbias = module.backward(call, out, lse, _unit_stride(dout), dlse, bias_grad)
     if dbias is None:
         return *grads, call.q.new_empty(0)
@@ -55,7 +59,11 @@ def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
 def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     call = _call(args[:11])
     bias_grad = args[15]
-    dbias = call.bias.new_empty(call.bias.shape) if bias_grad and call.bias is not None else call.q.new_empty(0)
+    dbias = (
+        call.bias.new_empty(call.bias.shape)
+        if bias_grad and call.bias is not None
+        else call.q.new_empty(0)
+    )
     return *call.new_gradients(), dbias
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: pytest benchmarks --benchmark-only; python -m benchmarks.report; .compare."""

@@ -1,0 +1,118 @@
+"""Timing: rows of a group run round-robin, so that drift of the machine hits all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+Run = Callable[[], object]
+
+MIN_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample
+MAX_ROUNDS = 30
+MIN_ROUNDS = 3
+TINY_GPU_S = 1e-4  # work below this is replayed as a CUDA graph, or launches are all one measures
+
+
+class CpuClock:
+    """Seconds of a call by the wall clock."""
+
+    def prepare(self, run: Run) -> Run:
+        return run
+
+    def sample(self, run: Run, loops: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(loops):
+            run()
+        return (time.perf_counter() - start) / loops
+
+
+class CudaClock:
+    """Seconds of a call between two device events, after the L2 cache was overwritten."""
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
+
+    def prepare(self, run: Run) -> Run:
+        """Tiny work as a CUDA graph; as it is, if it is not tiny or cannot be captured."""
+        if self.sample(run) > TINY_GPU_S:
+            return run
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                run()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return run
+        return graph.replay
+
+    def sample(self, run: Run, loops: int = 1) -> float:
+        total = 0.0
+        for _ in range(loops):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flush.zero_()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            total += start.elapsed_time(end) * 1e-3
+        return total / loops
+
+
+Clock = CpuClock | CudaClock
+
+
+def make_clock(device: str) -> Clock:
+    """The clock for a device type."""
+    return CudaClock() if device == "cuda" else CpuClock()
+
+
+def quickest(clock: Clock, run: Run, calls: int = 2) -> float:
+    """Seconds of the best of a few calls, after one that does not count."""
+    run()
+    return min(clock.sample(run) for _ in range(calls))
+
+
+def loops_for(seconds: float) -> int:
+    """Calls in one sample."""
+    return max(1, math.ceil(MIN_SAMPLE_S / max(seconds, 1e-9)))
+
+
+def interleave(clock: Clock, runs: dict[str, Run], budget_s: float) -> dict[str, list[float]]:
+    """Samples (seconds a call) of every run; a round takes one of each, in rotating order.
+
+    The rounds fill the budget. A run that alone would use it up takes part in MIN_ROUNDS of them.
+    """
+    first = {name: quickest(clock, run) for name, run in runs.items()}
+    loops = {name: loops_for(seconds) for name, seconds in first.items()}
+    cost = {name: seconds * loops[name] for name, seconds in first.items()}
+    share = budget_s / max(len(runs), 1)
+    slow = {name for name in runs if cost[name] * 2 * MIN_ROUNDS > share}
+    left = budget_s - sum(cost[name] * MIN_ROUNDS for name in slow)
+    each = sum(cost[name] for name in runs if name not in slow)
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / each))) if each else MIN_ROUNDS
+    slow_rounds = {round(n * (rounds - 1) / (MIN_ROUNDS - 1)) for n in range(MIN_ROUNDS)}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                if name not in slow or turn in slow_rounds:
+                    samples[name].append(clock.sample(runs[name], loops[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return samples

@@ -1,0 +1,127 @@
+"""Options, fixtures and the closing table of the benchmarks.
+
+pytest benchmarks --benchmark-only [--full] [--device cpu|cuda] [--seconds S] [--save-result]
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+
+from benchmarks import machine, report, table
+from benchmarks.measure import Group, Measurements, RowResult
+from benchmarks.roof import Roof, measure_roof
+from hierkernels.ops.attention.spec import SPEED_DTYPES
+
+HERE = Path(__file__).resolve().parent
+LATEST = HERE / "report" / "latest.json"
+
+# Rounds of backward keep the graph; compiled graphs must then not give their buffers away.
+torch._functorch.config.donated_buffer = False
+
+_roof = pytest.StashKey[Roof]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hierkernels benchmarks")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption("--full", action="store_true", help="all cases and peers, not the quick set")
+    group.addoption(
+        "--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s"
+    )
+    group.addoption("--seconds", type=float, default=1.0, help="timing budget of a group")
+    group.addoption(
+        "--save-result",
+        action="store_true",
+        help="also write results/<machine>.json, to be committed",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    LATEST.parent.mkdir(parents=True, exist_ok=True)
+    config.option.benchmark_json = config.option.benchmark_json or str(LATEST)
+    # torch.compile imports a deprecated part of PyTorch itself.
+    config.addinivalue_line("filterwarnings", "ignore:.*script_method:DeprecationWarning")
+    if not config.option.benchmark_verbose:
+        config.option.benchmark_quiet = True  # the table at the end takes the place of theirs
+
+
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
+    info = machine.machine_info(config.getoption("device"))
+    roof = config.stash.get(_roof, None)
+    return info | ({"roof": asdict(roof)} if roof else {})
+
+
+def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
+    return machine.commit_info()
+
+
+@pytest.fixture(scope="session")
+def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Writes a line to the terminal while tests run."""
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+
+    def write(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(line)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def measurements(request: pytest.FixtureRequest, say: Callable[[str], None]) -> Measurements:
+    config = request.config
+    device = config.getoption("device")
+    say("roof: measuring a large matrix product and a large copy")
+    roof = config.stash[_roof] = measure_roof(device, SPEED_DTYPES)
+    rates = ", ".join(f"{name} {rate * 1e-9:.0f} GFLOP/s" for name, rate in roof.flops.items())
+    say(f"roof: {rates}, copy {roof.copy * 1e-9:.1f} GB/s")
+    return Measurements(device, roof, config.getoption("seconds"), say)
+
+
+@pytest.fixture
+def measured(
+    request: pytest.FixtureRequest, measurements: Measurements
+) -> Callable[[Group, str], RowResult]:
+    """The result of one row; its whole group, as far as it was selected, is measured with it."""
+
+    def result(group: Group, row: str) -> RowResult:
+        selected = [
+            item.callspec.params for item in request.session.items if hasattr(item, "callspec")
+        ]
+        rows = [params["row"] for params in selected if params.get("group") == group]
+        return measurements.group(group, rows)[row]
+
+    return result
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    path = Path(config.option.benchmark_json)
+    if not config._benchmarksession.benchmarks or not path.exists():  # type: ignore[attr-defined]
+        return
+    data = report.load(path)
+    terminalreporter.section("time against hierkernels")
+    for line in table.lines(data):
+        terminalreporter.write_line(line)
+    written = report.write(data, path.parent)
+    terminalreporter.write_line(f"data: {_shown(path)}   report: {_shown(written)}")
+    if config.getoption("save_result"):
+        saved = HERE / "results" / f"{machine.slug(data['machine_info'])}.json"
+        shutil.copyfile(path, saved)
+        terminalreporter.write_line(f"result: {_shown(saved)}")
+
+
+def _shown(path: Path) -> str:
+    """Relative to the repository where it lies in it."""
+    path = path.resolve()
+    return str(path.relative_to(HERE.parent)) if path.is_relative_to(HERE.parent) else str(path)

@@ -1,0 +1,122 @@
+// The row passes between the products of the backward kernel: from scores s and dP = dO V^T to the probabilities P
+// (with dropout) and dS.
+#pragma once
+#include "softmax.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// Where the gradient of the bias of a tile goes: dbias, or a copy of it that is added later.
+template <class F>
+struct BiasGradient {
+  F* data = nullptr;  // for the batch and the first head of the group; null: not wanted
+  int64_t head_stride = 0, query_stride = 0, key_stride = 0;  // 0 or as in dbias; the last is 0 or 1
+
+  // Adds the dS of row r, keys [from, to).
+  void add(const TileRows& tile, int r, int from, int to, const F* ds) const {
+    constexpr int W = kWidth<F>;
+    F* row = data + tile.head[r] * head_stride + tile.query[r] * query_stride;
+    if (key_stride == 0) {
+      Vec<F> sum = zero<F>();
+      for (int j = from; j < to; j += W) sum += j + W <= to ? load(ds + j) : load(ds + j, to - j);
+      *row += reduce_add(sum);
+      return;
+    }
+    row += tile.key;
+    int j = from;
+    for (; j + W <= to; j += W) store(row + j, load(row + j) + load(ds + j));
+    if (j < to) store(row + j, load(row + j, to - j) + load(ds + j, to - j), to - j);
+  }
+};
+
+// What a row pass reads and writes besides scores and dP.
+template <class F>
+struct GradientRows {
+  const F* lse;    // of each row, base 2, +inf where the row sees nothing; unused if the whole row is in the tile
+  const F* delta;  // of each row: sum of P dP, less dlse; unused if the whole row is in the tile
+  const F* dlse;   // of each row, used if the whole row is in the tile
+  F scale;
+  F *keep, *slope;  // work space, kTileKeys each
+};
+
+// Makes s of row r the probabilities by a softmax of its own; [begin, end) are whole vectors.
+template <class F>
+HK_INLINE void softmax_row(F* s, int begin, int end) {
+  constexpr int W = kWidth<F>;
+  Vec<F> most = load(s + begin);
+  for (int j = begin + W; j < end; j += W) most = max(most, load(s + j));
+  const F tile_max = reduce_max(most);
+  const Vec<F> shift = set1(tile_max == -static_cast<F>(__builtin_inff()) ? F(0) : tile_max);
+  Vec<F> sum = zero<F>();
+  for (int j = begin; j < end; j += W) {
+    const Vec<F> x = exp2(load(s + j) - shift);
+    store(s + j, x);
+    sum += x;
+  }
+  const F total = reduce_add(sum);
+  const Vec<F> inverse = set1(total == F(0) ? F(0) : F(1) / total);
+  for (int j = begin; j < end; j += W) store(s + j, load(s + j) * inverse);
+}
+
+// For every row of the tile: scores become P (times keep: what multiplies dO), dp becomes scale * dS. Both are zero
+// where `readable` but not visible. kWhole: the tile holds all keys, so that neither lse nor out is needed.
+template <bool kWhole, class F>
+void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, const GradientRows<F>& rows,
+                   const BiasGradient<F>& dbias, F* scores, F* dp, int64_t stride) {
+  constexpr int W = kWidth<F>;
+  const F hidden = -static_cast<F>(__builtin_inff());
+  for (int r = 0; r < tile.n; ++r, scores += stride, dp += stride) {
+    const Span readable = tile.readable(r, W);
+    const int from = tile.from[r], to = tile.to[r];
+    if (from >= to) {
+      clear(scores, readable.begin, readable.end);
+      clear(dp, readable.begin, readable.end);
+      continue;
+    }
+    const int begin = from / W * W, end = (to + W - 1) / W * W;
+    if (modifiers.change_scores()) modifiers.apply(tile, r, begin, end, scores, rows.slope);
+    hide_outside(scores, from, to, hidden);
+    if (modifiers.dropout()) {
+      modifiers.keep(tile, r, begin, end, rows.keep);
+      for (int j = begin; j < end; j += W) store(dp + j, load(dp + j) * load(rows.keep + j));
+    }
+
+    const Vec<F> scale = set1(rows.scale);
+    const bool plain = !dbias.data && !modifiers.capped();
+    if constexpr (kWhole) {
+      softmax_row(scores, begin, end);
+      Vec<F> sum = zero<F>();
+      for (int j = begin; j < end; j += W) sum = fma(load(scores + j), load(dp + j), sum);
+      const Vec<F> delta = set1(reduce_add(sum) - rows.dlse[r]);
+      for (int j = begin; j < end; j += W) {
+        const Vec<F> ds = load(scores + j) * (load(dp + j) - delta);
+        store(dp + j, plain ? ds * scale : ds);
+      }
+    } else {
+      const Vec<F> lse = set1(rows.lse[r]), delta = set1(rows.delta[r]);
+      for (int j = begin; j < end; j += W) {
+        const Vec<F> p = exp2(load(scores + j) - lse), ds = p * (load(dp + j) - delta);
+        store(scores + j, p);
+        store(dp + j, plain ? ds * scale : ds);
+      }
+    }
+    if (!plain) {
+      if (dbias.data) dbias.add(tile, r, from, to, dp);
+      for (int j = begin; j < end; j += W) {
+        const Vec<F> factor = modifiers.capped() ? load(rows.slope + j) * scale : scale;
+        store(dp + j, load(dp + j) * factor);
+      }
+    }
+    if (modifiers.dropout())
+      for (int j = begin; j < end; j += W) store(scores + j, load(scores + j) * load(rows.keep + j));
+    clear(scores, readable.begin, begin);
+    clear(scores, end, readable.end);
+    clear(dp, readable.begin, begin);
+    clear(dp, end, readable.end);
+  }
+}
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

@@ -1,0 +1,49 @@
+// Sizes that the forward and the backward kernel derive from a call.
+#pragma once
+#include <omp.h>
+
+#include "storage.h"
+#include "tiles.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// Channels above which tiles have half the rows.
+constexpr int kWideChannels = 256;
+
+inline int tile_rows(const AttentionParams& p) {
+  return p.dim() > kWideChannels || p.dim_v() > kWideChannels ? kTileRows / 2 : kTileRows;
+}
+
+// Tasks a thread takes at once: few if they are long and may differ, many if there are many.
+inline int tasks_at_once(int64_t tasks) {
+  const int64_t each = tasks / (omp_get_max_threads() * int64_t{32});
+  return each < 1 ? 1 : each > 256 ? 256 : static_cast<int>(each);
+}
+
+template <class F>
+struct KernelShape {
+  int dim, dim_v, padded, padded_v;  // channels; padded: to whole vectors
+  int keys;                          // of a tile at most, in whole vectors, at least one
+  int panel;                         // keys of a panel
+  int64_t rows;                      // of a tile at most
+  int64_t stride;                    // of rows of scores
+
+  explicit KernelShape(const AttentionParams& p) {
+    constexpr int W = kWidth<F>;
+    dim = static_cast<int>(p.dim());
+    dim_v = static_cast<int>(p.dim_v());
+    padded = round_up(dim, W);
+    padded_v = round_up(dim_v, W);
+    const int64_t n_keys = p.n_keys() < 1 ? 1 : p.n_keys(), n_rows = p.n_queries() * p.group();
+    keys = n_keys < kTileKeys ? round_up(n_keys, W) : kTileKeys;
+    panel = keys < kPanel<F> ? keys : kPanel<F>;
+    rows = n_rows < tile_rows(p) ? n_rows : tile_rows(p);
+    stride = keys + W;  // off the powers of two
+  }
+};
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

@@ -1,0 +1,78 @@
+"""Attention in Triton: the backend interface round the planned launches of triton_launch.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from hierkernels.ops.attention import triton_configs as configs
+from hierkernels.ops.attention.call import AttentionCall
+from hierkernels.ops.attention.triton_launch import Target, plan_backward, plan_forward
+from hierkernels.triton_common.key_range import range_arguments
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_DIM = 256
+# Whether the kernels are interpreted is settled when their modules are imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def supports(call: AttentionCall) -> list[str]:
+    """Why the Triton kernels cannot compute this call; empty if they can."""
+    reasons = []
+    if call.device_type != "cuda" and not (call.device_type == "cpu" and INTERPRETED):
+        reasons.append(
+            f"q is on a {call.device_type} device, the triton backend needs a GPU "
+            "(or TRITON_INTERPRET=1, set before Triton is imported)"
+        )
+    if call.q.dtype not in _DTYPES:
+        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16")
+    for name, t in (("q", call.q), ("v", call.v)):
+        if t.shape[-1] > MAX_DIM:
+            reasons.append(f"{name} has {t.shape[-1]} channels, at most {MAX_DIM} are supported")
+    Nq, Nk = call.q.shape[2], call.k.shape[2]
+    rows = Nq * max(call.group, 1)
+    if max(rows, Nk) >= 2**31 - 2**16 or range_arguments(call.key_range, Nq, Nk) is None:
+        reasons.append("lengths or key range beyond 32 bits")
+    return reasons
+
+
+def _target(call: AttentionCall) -> Target:
+    if INTERPRETED:
+        return Target(configs.device_family(None), "emulated")
+    exact = call.q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    capability = torch.cuda.get_device_capability(call.q.device)
+    return Target(configs.device_family(capability), "ieee" if exact else "tf32")
+
+
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse)."""
+    out, lse = call.new_outputs()
+    if out.numel() == 0 or call.k.shape[2] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    for launch in plan_forward(call, _target(call), out, lse):
+        launch.run()
+    return out, lse
+
+
+def backward(
+    call: AttentionCall,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    bias_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dq, dk, dv, dbias or None)."""
+    dq, dk, dv = call.new_gradients()
+    bias = call.bias if bias_grad else None
+    if out.numel() == 0 or call.k.shape[2] == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), None if bias is None else torch.zeros_like(bias)
+    dlse = None if dlse is None else dlse.contiguous()
+    launches, partial = plan_backward(
+        call, _target(call), out, lse, dout, dlse, (dq, dk, dv), bias
+    )
+    for launch in launches:
+        launch.run()
+    if bias is None or partial is None:
+        return dq, dk, dv, None
+    return dq, dk, dv, partial.sum_to_size(bias.shape)

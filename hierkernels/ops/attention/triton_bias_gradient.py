@@ -1,0 +1,146 @@
+"""The gradient of a bias (1|B, 1|Hq, Nq, Nk) that batches or heads share.
+
+A program owns one tile of one (batch, head) of the bias and adds up ds, recomputed, over the
+pairs that share it: one writer an element, a fixed order, nothing of size (B, Hq, Nq, Nk). When
+few tiles would leave the device idle, the pairs are cut into slices, each with its own partial
+sum; the slices are added afterwards.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hierkernels.ops.attention.triton_scores import (
+    UNSPECIALIZED,
+    modified,
+    score_factor,
+    scores_at,
+)
+from hierkernels.triton_common.key_range import bound, key_spans
+from hierkernels.triton_common.philox import dropout_keep
+from hierkernels.triton_common.tiles import dot, load_rows
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "bias_batches", "bias_heads", "slices"])
+def _attention_backward_dbias_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    mask_ptr,
+    padding_ptr,
+    seed_ptr,
+    dout_ptr,
+    lse2_ptr,
+    delta_ptr,
+    dbias_ptr,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_bias,
+    stride_mask,
+    stride_padding,
+    stride_dout,
+    score_scale,
+    softcap,
+    dropout_threshold,
+    dropout_scale,
+    n_batches,
+    n_heads,
+    n_queries,
+    n_keys,
+    n_stats,
+    bias_batches,
+    bias_heads,
+    slices,
+    lo_shift,
+    lo_rise,
+    lo_offset,
+    lo_floor,
+    hi_shift,
+    hi_rise,
+    hi_offset,
+    hi_floor,
+    LO_STEP: tl.constexpr,
+    HI_STEP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    PADDING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    FUSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of dbias (slices, bias_batches, bias_heads, Nq, Nk), float32 and contiguous."""
+    lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
+    hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
+    tiles_n = tl.cdiv(n_keys, BLOCK_N)
+    tiles = tl.cdiv(n_queries, BLOCK_M) * tiles_n
+    tile = tl.program_id(0) % tiles
+    owner = tl.program_id(0) // tiles  # (slice, batch of the bias, head of the bias)
+    bias_head = owner % bias_heads
+    bias_batch = owner // bias_heads % bias_batches
+    part = owner // bias_heads // bias_batches
+    m0 = tile // tiles_n * BLOCK_M
+    n0 = tile % tiles_n * BLOCK_N
+    rows = m0 + tl.arange(0, BLOCK_M)
+    keys = n0 + tl.arange(0, BLOCK_N)
+    lo = bound(rows, lo_stairs, n_keys)[:, None]
+    hi = bound(rows, hi_stairs, n_keys)[:, None]
+    inside = (keys[None, :] >= lo) & (keys[None, :] < hi)  # [BLOCK_M, BLOCK_N]
+    last = tl.minimum(m0 + BLOCK_M, n_queries) - 1
+    begin, mid_begin, mid_end, end = key_spans(m0, last, lo_stairs, hi_stairs, n_keys, BLOCK_N)
+
+    shared_heads = n_heads // bias_heads
+    n_pairs = n_batches // bias_batches * shared_heads
+    pair_begin = n_pairs * part // slices
+    pair_end = n_pairs * (part + 1) // slices
+    pair_end = tl.where((n0 >= begin) & (n0 < end), pair_end, pair_begin)  # dead tiles stay zero
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    for pair in range(pair_begin, pair_end):
+        # A shared dimension has one index in the bias, so that index and counter simply add up.
+        batch = bias_batch + pair // shared_heads
+        head = bias_head + pair % shared_heads
+        b = batch.to(tl.int64)
+        h = head.to(tl.int64)
+        q_at = q_ptr + b * stride_q[0] + h * stride_q[1]
+        k_at = k_ptr + b * stride_k[0] + h // GROUP * stride_k[1]
+        v_at = v_ptr + b * stride_v[0] + h // GROUP * stride_v[1]
+        do_at = dout_ptr + b * stride_dout[0] + h * stride_dout[1]
+        mods = scores_at(
+            (score_scale, softcap, bias_ptr, stride_bias, mask_ptr, stride_mask, padding_ptr,
+             stride_padding),
+            b, h, BIAS, MASK, PADDING,
+        )  # fmt: skip
+        q = load_rows(q_at, rows, n_queries, stride_q, 1, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+        k = load_rows(k_at, keys, n_keys, stride_k, 1, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+        do = load_rows(do_at, rows, n_queries, stride_dout, 1, DV, BLOCK_DV, True)
+        v = load_rows(v_at, keys, n_keys, stride_v, 1, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+        stats = (b * n_heads + h) * n_stats
+        lse2 = tl.load(lse2_ptr + stats + rows)
+        delta = tl.load(delta_ptr + stats + rows)
+        s, slope = modified(
+            dot(q, tl.trans(k), None, PRECISION), mods, rows[:, None], keys[None, :],
+            n_queries, n_keys, 1, BIAS, MASK, PADDING, SOFTCAP, FUSED,
+        )  # fmt: skip
+        s = tl.where(inside, s, float("-inf"))
+        p = tl.exp2(tl.fma(s, score_factor(mods, FUSED), -lse2[:, None]))
+        dp = dot(do, tl.trans(v), None, PRECISION)
+        if DROPOUT:
+            keep = dropout_keep(
+                seed, rows, head, batch, n0, dropout_threshold, BLOCK_M, BLOCK_N, False
+            )
+            dp = tl.where(keep, dp * dropout_scale, 0.0)
+        acc += p * (dp - delta[:, None])
+    at = (owner.to(tl.int64) * n_queries + rows[:, None]) * n_keys + keys[None, :]
+    tl.store(dbias_ptr + at, acc, mask=(rows < n_queries)[:, None] & (keys < n_keys)[None, :])

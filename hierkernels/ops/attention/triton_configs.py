@@ -1,0 +1,147 @@
+"""Tile sizes, warps, stages and loop form for each kernel, device and shape bucket.
+
+The table holds what compiles without spills and within shared memory (hierkernels.ops.attention.aot
+checks it); devices that are not in it take the nearest that is no larger. Nothing is tuned during
+a user's step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Config:
+    """BLOCK_M query rows by BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    loop: str  # "always", "branch" or "split": hierkernels.triton_common.key_range
+
+    def compiler_options(self) -> dict[str, int | bool]:
+        """What to launch with; Triton's default for fused multiply-adds differs by version."""
+        return {
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True
+        }  # fmt: skip
+
+
+# Shared memory a program may have, in bytes.
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+
+# (device, kernel, channels up to) -> configuration for 16-bit elements.
+# sm_80: an `if` round the mask makes dK/dV spill, so every tile is masked. sm_90, sm_100: "branch"
+# keeps the loads pipelined.
+_HALF = {
+    ("sm_80", "forward", 64): Config(64, 64, 4, 3, "always"),
+    ("sm_80", "forward", 128): Config(128, 64, 8, 3, "always"),
+    ("sm_80", "forward", 256): Config(64, 64, 8, 2, "always"),
+    ("sm_80", "dq", 64): Config(64, 64, 4, 3, "always"),
+    ("sm_80", "dq", 128): Config(64, 64, 8, 2, "always"),
+    ("sm_80", "dq", 256): Config(64, 64, 8, 1, "always"),
+    ("sm_80", "dkv", 64): Config(64, 128, 8, 2, "always"),
+    ("sm_80", "dkv", 128): Config(64, 64, 8, 2, "always"),
+    ("sm_80", "dkv", 256): Config(32, 64, 8, 2, "split"),
+    ("sm_86", "forward", 64): Config(64, 64, 4, 3, "always"),
+    ("sm_86", "forward", 128): Config(64, 64, 4, 2, "always"),
+    ("sm_86", "forward", 256): Config(64, 32, 8, 2, "always"),
+    ("sm_86", "dq", 64): Config(64, 64, 4, 3, "always"),
+    ("sm_86", "dq", 128): Config(64, 64, 8, 2, "always"),
+    ("sm_86", "dq", 256): Config(64, 32, 8, 1, "always"),
+    ("sm_86", "dkv", 64): Config(64, 64, 4, 2, "always"),
+    ("sm_86", "dkv", 128): Config(64, 64, 8, 2, "always"),
+    ("sm_86", "dkv", 256): Config(32, 32, 8, 1, "always"),
+    ("sm_90", "forward", 64): Config(128, 128, 8, 3, "branch"),
+    ("sm_90", "forward", 128): Config(128, 64, 8, 3, "branch"),
+    ("sm_90", "forward", 256): Config(128, 64, 8, 2, "branch"),
+    ("sm_90", "dq", 64): Config(128, 64, 8, 3, "branch"),
+    ("sm_90", "dq", 128): Config(128, 64, 8, 2, "branch"),
+    ("sm_90", "dq", 256): Config(128, 32, 8, 2, "branch"),
+    ("sm_90", "dkv", 64): Config(64, 128, 8, 2, "branch"),
+    ("sm_90", "dkv", 128): Config(32, 128, 8, 2, "branch"),
+    ("sm_90", "dkv", 256): Config(16, 64, 8, 2, "always"),
+    ("sm_100", "forward", 64): Config(128, 128, 8, 3, "branch"),
+    ("sm_100", "forward", 128): Config(128, 64, 8, 3, "branch"),
+    ("sm_100", "forward", 256): Config(128, 32, 8, 2, "branch"),
+    ("sm_100", "dq", 64): Config(128, 64, 8, 3, "branch"),
+    ("sm_100", "dq", 128): Config(128, 64, 8, 2, "branch"),
+    ("sm_100", "dq", 256): Config(128, 32, 8, 2, "branch"),
+    ("sm_100", "dkv", 64): Config(64, 128, 8, 2, "branch"),
+    ("sm_100", "dkv", 128): Config(64, 128, 8, 2, "branch"),
+    ("sm_100", "dkv", 256): Config(32, 64, 8, 2, "branch"),
+}
+
+# float32 products run on the ordinary units: smaller tiles, no use for more stages.
+_SINGLE = {
+    ("forward", 64): Config(64, 32, 8, 2, "always"),
+    ("forward", 128): Config(32, 32, 8, 1, "always"),
+    ("forward", 256): Config(32, 16, 8, 1, "always"),
+    ("dq", 64): Config(32, 32, 8, 1, "always"),
+    ("dq", 128): Config(32, 32, 8, 1, "always"),
+    ("dq", 256): Config(16, 16, 8, 1, "always"),
+    ("dkv", 64): Config(32, 32, 8, 1, "always"),
+    ("dkv", 128): Config(32, 32, 8, 1, "always"),
+    ("dkv", 256): Config(16, 16, 8, 1, "always"),
+}
+
+# The interpreter runs one program at a time on a CPU: small tiles, so that small tests have edges.
+INTERPRETER = {
+    "forward": Config(32, 16, 4, 1, "branch"),
+    "dq": Config(32, 16, 4, 1, "split"),
+    "dkv": Config(16, 32, 4, 1, "branch"),
+    "dbias": Config(16, 16, 4, 1, "always"),
+}
+
+# The short-sequence kernels hold whole sequences of at most this many rows and keys in one tile.
+SHORT_ROWS = 64
+SHORT_CHANNELS = 128
+SHORT = Config(SHORT_ROWS, SHORT_ROWS, 4, 1, "always")
+
+
+def device_family(capability: tuple[int, int] | None) -> str:
+    """The row of the table for a compute capability; None stands for the interpreter."""
+    if capability is None:
+        return "interpreter"
+    major, minor = capability
+    if major == 10:
+        return "sm_100"
+    if major == 9:
+        return "sm_90"
+    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
+
+
+def configuration(
+    family: str, kernel: str, channels: int, element_size: int, n_rows: int, has_pairs: bool
+) -> Config:
+    """The configuration of "forward", "dq", "dkv" or "dbias".
+
+    channels: the larger head dimension; n_rows: rows of one slot; has_pairs: a full bias or
+    mask, or dropout, holds one more tile in registers.
+    """
+    if family == "interpreter":
+        return INTERPRETER[kernel]
+    bucket = 64 if channels <= 64 else 128 if channels <= 128 else 256
+    if kernel == "dbias":
+        base = configuration(family, "dq", channels, element_size, n_rows, has_pairs)
+        return replace(base, block_n=min(base.block_n, 64), num_stages=1, loop="always")
+    if element_size == 4:
+        config = _SINGLE[kernel, bucket]
+    else:
+        config = _HALF[family, kernel, bucket]
+        if has_pairs:
+            config = _with_pairs(config, family)
+    rows = max(16, 1 << (n_rows - 1).bit_length())
+    if rows < config.block_m:
+        config = replace(config, block_m=rows, num_warps=4)
+    return config
+
+
+def _with_pairs(config: Config, family: str) -> Config:
+    """Half the keys a tile, so that the elements of bias, mask or generator fit as well.
+
+    On sm_90 the loads of a bias in a loop with an `if` make ptxas serialise the tensor-core
+    instructions; two loops do not.
+    """
+    loop = "split" if family == "sm_90" and config.loop == "branch" else config.loop
+    return replace(config, block_n=max(config.block_n // 2, 32), loop=loop)

@@ -1,0 +1,101 @@
+"""Tiles in Triton kernels: packed rows, masked loads and stores, products, tanh.
+
+Row r of a tile is query r // PACK of head r % PACK: with PACK = G the heads that share a
+key/value head are rows of one tile, with PACK = 1 each head has its own tiles.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Where a running maximum starts: finite, so that no difference is ever inf - inf.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def row_offsets(rows, stride, PACK: tl.constexpr):
+    """int64 offsets of packed rows; stride is (batch, head, token)."""
+    if PACK == 1:
+        return rows.to(tl.int64) * stride[2]
+    else:
+        return (rows // PACK).to(tl.int64) * stride[2] + (rows % PACK).to(tl.int64) * stride[1]
+
+
+@triton.jit
+def load_rows(
+    ptr,
+    rows,
+    n_rows,
+    stride,
+    PACK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """A [rows, BLOCK_D] tile. TAIL: rows may lie past n_rows; columns from D on are zero."""
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + row_offsets(rows, stride, PACK)[:, None] + d[None, :]
+    if TAIL and BLOCK_D > D:
+        return tl.load(ptrs, mask=(rows < n_rows)[:, None] & (d < D)[None, :], other=0.0)
+    elif TAIL:
+        return tl.load(ptrs, mask=(rows < n_rows)[:, None], other=0.0)
+    elif BLOCK_D > D:
+        return tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(
+    ptr,
+    rows,
+    n_rows,
+    stride,
+    tile,
+    PACK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Stores the first D columns of the rows before n_rows, rounded to the pointer's type."""
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + row_offsets(rows, stride, PACK)[:, None] + d[None, :]
+    mask = (rows < n_rows)[:, None] & (d < D)[None, :]
+    tl.store(ptrs, rounded(tile, ptr.dtype.element_ty, PRECISION), mask=mask)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 x in dtype. The interpreter ("emulated") truncates bfloat16: round its bits first."""
+    if PRECISION == "emulated" and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, or a @ b for acc None. "emulated": the interpreter would multiply bfloat16 bits."""
+    if PRECISION == "emulated":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 precision, small arguments included (Cephes' tanhf)."""
+    z = x * x
+    small = -5.70498872745e-3
+    small = small * z + 2.06390887954e-2
+    small = small * z - 5.37397155531e-2
+    small = small * z + 1.33314422036e-1
+    small = small * z - 3.33332819422e-1
+    small = small * z * x + x
+    e = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|), at most 1
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))

@@ -1,0 +1,178 @@
+"""Decoding MEGABYTE one token after another, with everything computed so far kept.
+
+A single token is so little work that the time goes into calling operators, not into what they
+compute. So a block is written out here on plain tensors, with as few calls as possible: queries,
+keys and values come from one matrix, and the tables of positions are looked up, not recomputed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+import hierkernels as hk
+from python_models.layers import KVCache, RMSNorm, apply_rotary
+
+if TYPE_CHECKING:
+    from python_models.megabyte import MEGABYTE
+
+
+class ShiftedNorm:
+    """Token shift, then RMSNorm, of the positions that follow those of earlier calls.
+
+    ``last`` is the delayed half of the newest position's channels, ``(B, 1, C // 2)``; before the
+    first position it is zero.
+    """
+
+    def __init__(self, norm: RMSNorm, batch: int) -> None:
+        channels = norm.g.shape[0]
+        self.kept = channels - channels // 2
+        # rms(x) = |x| * scale: dividing the gain and the floor by scale saves a call a step.
+        self.gain = norm.g / norm.scale
+        self.floor = norm.eps / norm.scale
+        self.zero = norm.g.new_zeros(batch, 1, channels // 2)
+        self.last = self.zero
+
+    def __call__(self, x: Tensor) -> Tensor:
+        delayed = x[..., self.kept :]
+        if x.shape[1] == 1:
+            x = torch.cat((x[..., : self.kept], self.last), dim=-1)
+        else:
+            shifted = torch.cat((self.last, delayed[:, :-1]), dim=1)
+            x = torch.cat((x[..., : self.kept], shifted), dim=-1)
+        self.last = delayed[:, -1:]
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / length.clamp_(min=self.floor) * self.gain
+
+
+class Block:
+    """One block of a stage and what it remembers of the positions it has run."""
+
+    def __init__(self, layer: nn.ModuleList, batch: int, capacity: int) -> None:
+        attention, feed_forward = layer
+        self.heads = attention.heads
+        self.attention_input = ShiftedNorm(attention.norm, batch)
+        self.to_qkv = torch.cat((attention.to_q.weight, attention.to_kv.weight))
+        self.kv = KVCache(capacity)
+        self.to_out = attention.to_out.weight
+        norm, expand, _, _, contract = feed_forward
+        self.feed_forward_input = ShiftedNorm(norm, batch)
+        self.expand = (expand.weight, expand.bias)
+        self.contract = (contract.weight, contract.bias)
+
+    def restart(self) -> None:
+        """Forgets every position; the buffers stay."""
+        self.kv.length = 0
+        self.attention_input.last = self.attention_input.zero
+        self.feed_forward_input.last = self.feed_forward_input.zero
+
+    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Runs the next positions ``x (B, N, C)``."""
+        heads = self.heads
+        qkv = F.linear(self.attention_input(x), self.to_qkv)
+        qkv = rearrange(qkv, "b n (h d) -> b h n d", h=heads + 2)  # H queries, a key and a value
+        if rotary is not None:
+            turned = apply_rotary(qkv[:, :-1], rotary)
+            qkv = torch.cat((turned, qkv[:, -1:]), dim=1)
+        keys, values = self.kv.append(rearrange(qkv[:, heads:], "b kv n d -> kv b 1 n d"))
+        out = hk.attention(qkv[:, :heads], keys, values, is_causal=True)
+        x = F.linear(rearrange(out, "b h n d -> b n (h d)"), self.to_out) + x
+        hidden = F.gelu(F.linear(self.feed_forward_input(x), *self.expand))
+        return F.linear(hidden, *self.contract) + x
+
+
+class Stage:
+    """The sequence that stage ``s`` is in the middle of.
+
+    ``row`` counts the sequences of the stage and ``length`` the positions run in this one; position
+    0 is the start token, position ``n`` is patch ``n - 1``. ``output`` is what the newest position
+    says: ``(B, N, C)`` for the N positions of the next stage, or ``(B, 1, C)`` for the logits.
+    """
+
+    def __init__(self, model: MEGABYTE, s: int, batch: int) -> None:
+        self.model = model
+        self.s = s
+        self.is_finest = s == model.stages - 1
+        self.patch = model.patch_sizes[s]
+        self.positions = model.max_seq_len[s]
+        self.start = repeat(model.start_tokens[s], "c -> b 1 c", b=batch)
+        transformer = model.transformers[s]
+        self.blocks = [Block(layer, batch, self.positions + 1) for layer in transformer.layers]
+        self.norm = transformer.norm
+        rotary_emb = transformer.rotary_emb
+        self.rotary = None if rotary_emb is None else rotary_emb(self.positions + 1)
+        self.project = model.to_next_transformer_projections[s]
+        self.row = 0
+        self.length = 0
+        self.output: Tensor | None = None
+
+    def read(self, ids: Tensor, context: Tensor | None) -> Tensor:
+        """Runs the positions that ``ids (B, N)``, all tokens so far, make possible.
+
+        ``context`` is the output of the stage above.
+        """
+        row, offset = divmod(ids.shape[1] - 1, self.patch * self.positions)
+        if row != self.row:
+            self.row, self.length = row, 0
+            for block in self.blocks:
+                block.restart()
+        # The prediction of the next token sees the patches before the newest token's, and in the
+        # finest stage, where a patch is a token, that token too.
+        patches = offset // self.patch + self.is_finest
+        if self.length <= patches:
+            x = self._input(ids, context, patches)
+            self._run(x, patches + 1)
+        return self.output
+
+    def _input(self, ids: Tensor, context: Tensor | None, patches: int) -> Tensor:
+        first = max(self.length - 1, 0)
+        if patches == first:
+            return self.start
+        origin = self.row * self.positions
+        new = ids[:, (origin + first) * self.patch : (origin + patches) * self.patch]
+        x = self.model.add_positions(self.s, self.model.embed_patches(self.s, new), first)
+        if context is not None:
+            x = x + context[:, first:patches]
+        return x if self.length else torch.cat((self.start, x), dim=1)
+
+    def _run(self, x: Tensor, length: int) -> None:
+        rotary = self.rotary
+        if rotary is not None:
+            rotary = rotary[0][self.length : length], rotary[1][self.length : length]
+        for block in self.blocks:
+            x = block(x, rotary)
+        self.length = length
+        self.output = self.project(self.norm(x[:, -1:]))
+
+
+class Decoder:
+    """Evaluates a MEGABYTE on sequences that grow, without computing anything twice.
+
+    A token costs one position of the finest stage and, at the end of a patch, one of each stage
+    above. Dropout is off. The weights must not change meanwhile.
+    """
+
+    def __init__(self, model: MEGABYTE, batch: int) -> None:
+        self.model = model
+        capacity = model.max_seq_len[0] * model.patch_sizes[0]
+        self.ids = torch.empty(
+            batch, capacity, dtype=torch.long, device=model.to_logits.weight.device
+        )
+        self.length = 0
+        self.stages = [Stage(model, s, batch) for s in range(model.stages)]
+
+    def append(self, ids: Tensor) -> Tensor:
+        """Adds tokens ``ids (B, N)``; returns the logits ``(B, V)`` of the token after them."""
+        start, self.length = self.length, self.length + ids.shape[1]
+        if self.length == 0:
+            return self.model.forward_empty(ids.shape[0])[:, 0]
+        self.ids[:, start : self.length] = ids
+        so_far = self.ids[:, : self.length]
+        output = None
+        for stage in self.stages:
+            output = stage.read(so_far, output)
+        return self.model.to_logits(output[:, 0])

@@ -1,0 +1,136 @@
+"""The models that train and sample know, one entry each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from python_models.megabyte import MEGABYTE
+
+
+@dataclass(frozen=True)
+class ByteModel:
+    """How to use one class of models on bytes.
+
+    Attributes:
+        build: makes the module from its options.
+        options: constructor arguments that may be set, with their defaults.
+        window: bytes of a training example, given the options.
+        loss: mean nats a byte of int64 ``ids (B, window)``, a differentiable scalar.
+        generate: yields the bytes ``(B,)`` that follow ``prime (B, N)``, up to window in all; takes
+            ``filter_thres``, ``temperature`` and ``generator``.
+    """
+
+    build: Callable[..., nn.Module]
+    options: Mapping[str, Any]
+    window: Callable[[Mapping[str, Any]], int]
+    loss: Callable[[nn.Module, Tensor], Tensor]
+    generate: Callable[..., Iterator[Tensor]]
+
+    def make(self, options: Mapping[str, Any]) -> nn.Module:
+        """The module for options that may come from JSON, where tuples have become lists."""
+        unknown = set(options) - set(self.options)
+        if unknown:
+            raise ValueError(
+                f"unknown option {sorted(unknown)[0]!r}; there are {', '.join(self.options)}"
+            )
+        return self.build(**_tuples(options))
+
+    def parse(self, settings: Sequence[str]) -> dict[str, Any]:
+        """The defaults, changed by settings such as ``dim=384,256`` or ``rel_pos=false``."""
+        options = dict(self.options)
+        for setting in settings:
+            name, equals, text = setting.partition("=")
+            if not equals:
+                raise ValueError(f"option {setting!r} must have the form name=value")
+            if name not in options:
+                raise ValueError(f"unknown option {name!r}; there are {', '.join(options)}")
+            try:
+                value = json.loads(f"[{text}]")
+            except json.JSONDecodeError:
+                raise ValueError(
+                    f"option {name}: {text!r} is not a number, true, false, or numbers with commas"
+                ) from None
+            is_tuple = isinstance(options[name], tuple)
+            if len(value) != 1 and not is_tuple:
+                raise ValueError(f"option {name} takes one value, got {text!r}")
+            options[name] = tuple(value) if is_tuple else value[0]
+        return options
+
+
+def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
+
+
+def _generate_megabyte(model: MEGABYTE, prime: Tensor, **settings: Any) -> Iterator[Tensor]:
+    return model.generate_tokens(prime, **settings)
+
+
+MODELS: dict[str, ByteModel] = {
+    "megabyte": ByteModel(
+        build=MEGABYTE,
+        options={
+            # 256 bytes and, as padding, a token that is no byte: the loss skips padding.
+            "num_tokens": 257,
+            "pad_id": 256,
+            "dim": (384, 256),
+            "depth": (4, 2),
+            "max_seq_len": (64, 8),
+            "dim_head": 64,
+            "heads": 4,
+            "attn_dropout": 0.0,
+            "ff_mult": 4,
+            "ff_dropout": 0.0,
+            "rel_pos": True,
+            "pos_emb": False,
+        },
+        window=lambda options: prod(options["max_seq_len"]),
+        loss=lambda model, ids: model(ids, return_loss=True),
+        generate=_generate_megabyte,
+    ),
+}
+
+
+def continue_bytes(
+    entry: ByteModel,
+    model: nn.Module,
+    prompt: bytes,
+    count: int,
+    *,
+    window: int,
+    filter_thres: float,
+    temperature: float,
+    generator: torch.Generator | None,
+) -> Iterator[int]:
+    """Yields ``count`` bytes that follow the prompt.
+
+    Where the model's window is full, it begins again with the last half of it as the prompt.
+    """
+    device = next(model.parameters()).device
+    text = bytearray(prompt)
+    produced = 0
+    while produced < count:
+        if len(text) >= window:
+            del text[: len(text) - window // 2]
+        prime = torch.tensor([list(text)], dtype=torch.long, device=device).reshape(1, -1)
+        tokens = entry.generate(
+            model, prime, filter_thres=filter_thres, temperature=temperature, generator=generator
+        )
+        for token in tokens:
+            value = int(token)
+            if value > 255:  # padding is a token too, and drawn very seldom
+                continue
+            text.append(value)
+            produced += 1
+            yield value
+            if produced == count:
+                break
+        tokens.close()
