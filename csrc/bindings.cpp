@@ -112,6 +112,15 @@ PYBIND11_MODULE(_native, m) {
         });
 
 #if defined(HIERKERNELS_CUDA)
-  hierkernels::cuda::bind(m);
+  m.attr("cuda_version") = hierkernels::cuda::runtime_version();
+  m.attr("cuda_kernels") = hierkernels::cuda::kernel_names();
+  m.def("cuda_attention_delta", [](const py::object& out, const py::object& dout, const py::object& dlse,
+                                   const py::object& delta, uintptr_t stream) {
+    hierkernels::cuda::attention_delta(tensor(out), tensor(dout), tensor(dlse), tensor(delta),
+                                       reinterpret_cast<void*>(stream));
+  });
+#else
+  m.attr("cuda_version") = py::none();
+  m.attr("cuda_kernels") = "";
 #endif
 }

@@ -1,0 +1,77 @@
+// delta = rowsum(out * dout) - dlse, one warp for each row.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
+
+namespace hierkernels::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kRowsPerBlock = 8;  // a warp each
+
+struct DeltaParams {
+  const void *out, *dout;
+  const float* dlse;  // may be null
+  float* delta;
+  int64_t out_stride[3], dout_stride[3];  // batch, head, token
+  int64_t heads, tokens, rows;
+  int channels;
+};
+
+template <class T>
+__device__ float to_float(T x) {
+  return static_cast<float>(x);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kWarp* kRowsPerBlock) attention_delta_kernel(const DeltaParams p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
+  if (row >= p.rows) return;
+  const int64_t i = row % p.tokens, h = row / p.tokens % p.heads, b = row / p.tokens / p.heads;
+  const T* out = static_cast<const T*>(p.out) + b * p.out_stride[0] + h * p.out_stride[1] + i * p.out_stride[2];
+  const T* dout = static_cast<const T*>(p.dout) + b * p.dout_stride[0] + h * p.dout_stride[1] + i * p.dout_stride[2];
+  float sum = 0.f;
+  for (int d = threadIdx.x % kWarp; d < p.channels; d += kWarp) sum += to_float(out[d]) * to_float(dout[d]);
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
+  if (threadIdx.x % kWarp == 0) p.delta[row] = sum - (p.dlse ? p.dlse[row] : 0.f);
+}
+
+}  // namespace
+
+void attention_delta(const Tensor& out, const Tensor& dout, const Tensor& dlse, const Tensor& delta, void* stream) {
+  DeltaParams p{out.data, dout.data, dlse.as<float>(), delta.as<float>(), {}, {}, out.size[1], out.size[2],
+                out.size[0] * out.size[1] * out.size[2], static_cast<int>(out.size[3])};
+  for (int d = 0; d < 3; ++d) {
+    p.out_stride[d] = out.stride[d];
+    p.dout_stride[d] = dout.stride[d];
+  }
+  if (p.rows == 0) return;
+  const dim3 grid(static_cast<unsigned>((p.rows + kRowsPerBlock - 1) / kRowsPerBlock)), block(kWarp * kRowsPerBlock);
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  switch (out.dtype) {
+    case DType::kFloat32:
+      attention_delta_kernel<float><<<grid, block, 0, s>>>(p);
+      break;
+    case DType::kBFloat16:
+      attention_delta_kernel<__nv_bfloat16><<<grid, block, 0, s>>>(p);
+      break;
+    case DType::kFloat16:
+      attention_delta_kernel<__half><<<grid, block, 0, s>>>(p);
+      break;
+    default:
+      throw std::runtime_error("attention_delta: float32, bfloat16 or float16 expected");
+  }
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
+    throw std::runtime_error(std::string("attention_delta: ") + cudaGetErrorString(error));
+}
+
+int runtime_version() { return CUDART_VERSION; }
+
+const char* kernel_names() { return "attention_delta"; }
+
+}  // namespace hierkernels::cuda
