@@ -71,11 +71,21 @@ def cuda_architectures() -> list[str]:
     return flags
 
 
+def cuda_runtime(nvcc: str) -> Path | None:
+    """The folder of the static CUDA runtime that belongs to nvcc (which may be a wrapper script)."""
+    run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    tops = [line.split("=", 1)[1].strip() for line in run.stderr.splitlines() if "TOP=" in line]
+    for top in [Path(t) for t in tops] + [Path(nvcc).resolve().parent.parent]:
+        for found in [*top.glob("lib*/libcudart_static.a"), *top.glob("targets/*/lib/libcudart_static.a")]:
+            return found.parent.resolve()
+    return None
+
+
 def quote(value: object) -> str:
     return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(cxx: str, nvcc: str | None, build: Path, target: Path) -> str:
+def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, target: Path) -> str:
     import pybind11
 
     # The interpreter's and pybind11's headers are not ours to warn about.
@@ -111,8 +121,7 @@ def ninja_file(cxx: str, nvcc: str | None, build: Path, target: Path) -> str:
         objects.append(quote(obj))
     lines.append(f"build {quote(target)}: link {' '.join(objects)}")
     if nvcc:
-        lib = Path(nvcc).resolve().parent.parent / "lib64"
-        lines.append(f"  libs = -L{quote(lib)} -lcudart_static -lrt -lpthread -ldl")
+        lines.append(f"  libs = -L{quote(runtime)} -lcudart_static -lrt -lpthread -ldl")
     return "\n".join([*lines, f"default {quote(target)}", ""])
 
 
@@ -125,11 +134,17 @@ class NinjaBuild(build_ext):
             print("hierkernels: no C++ compiler: installing the reference and Triton backends only")
             return
         nvcc = find_tool("HIERKERNELS_BUILD_CUDA", ("NVCC",), ("nvcc", "/usr/local/cuda/bin/nvcc"))
+        runtime = cuda_runtime(nvcc) if nvcc else None
+        if nvcc and runtime is None:
+            if wanted("HIERKERNELS_BUILD_CUDA") == "1":
+                raise SystemExit(f"HIERKERNELS_BUILD_CUDA=1, but {nvcc} has no libcudart_static.a beside it")
+            print("hierkernels: nvcc has no static CUDA runtime: building without the CUDA kernels")
+            nvcc = None
         build = Path(self.build_temp).resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(cxx, nvcc, build, target))
+        (build / "build.ninja").write_text(ninja_file(cxx, nvcc, runtime, build, target))
         command = [sys.executable, "-m", "ninja", "-C", str(build)]
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]

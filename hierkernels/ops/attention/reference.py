@@ -70,7 +70,9 @@ def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         visible = visible & call.mask
     if call.padding is not None:
         visible = visible & call.padding[:, None, None, :]
-    return scores, biased.to(call.lse_dtype).masked_fill(~visible, float("-inf"))
+    biased = biased.to(call.lse_dtype)
+    # A bias of -inf hides a key as a mask does: logsumexp alone would give a row of them NaN gradients.
+    return scores, biased.masked_fill(~visible | (biased == float("-inf")), float("-inf"))
 
 
 def _probabilities(biased: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
