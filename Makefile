@@ -1,0 +1,47 @@
+# make bench | test | lint | train | clean; each creates .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(shell find csrc -type f) setup.py
+
+.PHONY: bench bench-compare test lint compile-gpu train build clean
+
+bench: build
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m benchmarks.report
+
+# The change between a revision and the working tree: make bench-compare BASE=HEAD~1
+bench-compare: build
+	$(BIN)/python -m benchmarks.compare $(BASE)
+
+test: build
+	$(BIN)/python -m pytest tests
+
+# Triton kernels for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory.
+compile-gpu: build
+	$(BIN)/python -m hierkernels.ops.attention.aot
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+train: build
+	$(BIN)/python -m python_models.train
+
+build: $(VENV)/.built
+
+$(VENV)/.built: $(STAMP) $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(STAMP): requirements-dev.txt requirements-peers.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	$(BIN)/python -m pip install --no-deps -r requirements-peers.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info hierkernels/_native*.so benchmarks/report
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
