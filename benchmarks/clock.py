@@ -14,6 +14,7 @@ Run = Callable[[], object]
 MIN_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample
 MAX_ROUNDS = 30
 MIN_ROUNDS = 3
+SLOW_S = 0.5  # one such call is estimate enough
 TINY_GPU_S = 1e-4  # work below this is replayed as a CUDA graph, or launches are all one measures
 
 
@@ -78,9 +79,9 @@ def make_clock(device: str) -> Clock:
 
 
 def quickest(clock: Clock, run: Run, calls: int = 2) -> float:
-    """Seconds of the best of a few calls, after one that does not count."""
-    run()
-    return min(clock.sample(run) for _ in range(calls))
+    """Seconds of the best of a few calls, after one that counts only if it is slow."""
+    first = clock.sample(run)
+    return first if first > SLOW_S else min(clock.sample(run) for _ in range(calls))
 
 
 def loops_for(seconds: float) -> int:

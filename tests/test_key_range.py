@@ -138,7 +138,9 @@ def test_canonical_is_the_same_bound(s: Staircase, n_keys: int) -> None:
 
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(_staircases, _staircases, st.integers(0, 20), st.integers(0, 20))
-def test_mask_and_count_of_any_two_staircases(lo: Staircase, hi: Staircase, nq: int, nk: int) -> None:
+def test_mask_and_count_of_any_two_staircases(
+    lo: Staircase, hi: Staircase, nq: int, nk: int
+) -> None:
     key_range = KeyRange(lo, hi)
     expected = [[_bound(lo, i, nk) <= j < _bound(hi, i, nk) for j in range(nk)] for i in range(nq)]
     assert key_range.mask(nq, nk).tolist() == expected

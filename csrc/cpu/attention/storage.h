@@ -144,6 +144,8 @@ void store_rows(const Rows& rows, int64_t first, int n, int dim, const F* x, int
     const Vec<F> factor = set1(factors[i * factor_stride]);
     T* out = reinterpret_cast<T*>(rows.data) + cursor.offset();
     int c = 0;
+    if (sizeof(T)==4 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0)
+      for (; c + W <= dim; c += W) stream(out + c, bit_cast<VecF>(load(x + c) * factor));
     for (; c + W <= dim; c += W) store_as<F>(out + c, load(x + c) * factor);
     if (c < dim) store_as<F>(out + c, load(x + c) * factor, dim - c);
   }

@@ -23,7 +23,8 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
         if t.ndim != 4:
             raise ValueError(
-                f"{name} must have 4 dimensions (batch, heads, tokens, channels), got shape {tuple(t.shape)}"
+                f"{name} must have 4 dimensions (batch, heads, tokens, channels), "
+                f"got shape {tuple(t.shape)}"
             )
         if t.dtype not in _FLOATS:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
@@ -41,11 +42,13 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"k must have the channels of q ({q.shape[3]}), got {k.shape[3]}")
     if v.shape[1:3] != k.shape[1:3]:
         raise ValueError(
-            f"v must have the heads and tokens of k {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}"
+            f"v must have the heads and tokens of k {tuple(k.shape[1:3])}, "
+            f"got {tuple(v.shape[1:3])}"
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"q must have a multiple of the heads of k and v, got {q.shape[1]} heads for {k.shape[1]}"
+            f"q must have a multiple of the heads of k and v, "
+            f"got {q.shape[1]} heads for {k.shape[1]}"
         )
 
 
@@ -61,7 +64,8 @@ def _check_broadcast(
         size not in (1, want) for size, want in zip(reversed(t.shape), reversed(full), strict=False)
     ):
         raise ValueError(
-            f"{name} must broadcast to (batch, heads, queries, keys) = {full}, got shape {tuple(t.shape)}"
+            f"{name} must broadcast to (batch, heads, queries, keys) = {full}, "
+            f"got shape {tuple(t.shape)}"
         )
     return t.reshape((1,) * (4 - t.ndim) + tuple(t.shape))
 
@@ -141,7 +145,8 @@ def make_call(
         attn_bias = _check_broadcast("attn_bias", attn_bias, full, q.device)
         if attn_bias.dtype not in _FLOATS:
             raise TypeError(
-                f"attn_bias must be a float tensor (use attn_mask for booleans), got {attn_bias.dtype}"
+                "attn_bias must be a float tensor (use attn_mask for booleans), "
+                f"got {attn_bias.dtype}"
             )
     if attn_mask is not None:
         attn_mask = _check_broadcast("attn_mask", attn_mask, full, q.device)
@@ -197,7 +202,7 @@ def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.T
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """q, k and v in the dtype that autocast asks for; what it does not cast is left to the checks."""
+    """q, k, v in the dtype that autocast asks for; what it does not cast is left to the checks."""
     low = (torch.float32, torch.bfloat16, torch.float16)
     if not all(isinstance(t, torch.Tensor) and t.dtype in low for t in tensors):
         return tensors
@@ -247,13 +252,13 @@ def attention(
         is_causal: query i sees keys up to i + Nk - Nq (aligned at the last token).
         window_size: (left, right): the keys from `left` before to `right` after that position, both
             inclusive; None on a side = unlimited. With is_causal, right is 0.
-        attn_bias: float, broadcastable to (B, Hq, Nq, Nk), added to the scaled scores; differentiable,
-            its gradient is summed over the broadcast dimensions.
+        attn_bias: float, broadcastable to (B, Hq, Nq, Nk), added to the scaled scores;
+            differentiable, its gradient is summed over the broadcast dimensions.
         attn_mask: bool, broadcastable to (B, Hq, Nq, Nk), True = may attend.
         key_padding_mask: bool (B, Nk), True = real token.
         dropout_p: probability, in [0, 1), that an attention weight is dropped.
-        dropout_seed: int or int64 tensor; None draws one from PyTorch's generator. The mask depends only
-            on (seed, batch, head, query, key), so every backend drops the same weights.
+        dropout_seed: int or int64 tensor; None draws one from PyTorch's generator. The mask depends
+            only on (seed, batch, head, query, key), so every backend drops the same weights.
         softcap: c > 0 replaces the scaled scores s by c * tanh(s / c), before the bias.
         scale: of the scores; None = D ** -0.5.
         return_lse: also return the log-sum-exp of the scores (B, Hq, Nq), float32, differentiable.
@@ -274,9 +279,9 @@ def attention(
     """
     q, k, v = _autocast(q, k, v)
     call = make_call(
-        q, k, v, is_causal=is_causal, window_size=window_size, attn_bias=attn_bias, attn_mask=attn_mask,
-        key_padding_mask=key_padding_mask, dropout_p=dropout_p, dropout_seed=dropout_seed, softcap=softcap,
-        scale=scale,
+        q, k, v, is_causal=is_causal, window_size=window_size, attn_bias=attn_bias,
+        attn_mask=attn_mask, key_padding_mask=key_padding_mask, dropout_p=dropout_p,
+        dropout_seed=dropout_seed, softcap=softcap, scale=scale,
     )  # fmt: skip
     out, lse = run(call, backend)
     return (out, lse) if return_lse else out

@@ -57,7 +57,7 @@ def supports(call: AttentionCall) -> list[str]:
 
 
 def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled and soft-capped scores (B, Hq, Nq, Nk), and the same with the bias, -inf where hidden."""
+    """Scaled, soft-capped scores (B, Hq, Nq, Nk), and the same with the bias, -inf where hidden."""
     Hkv = call.k.shape[1]
     q = rearrange(call.q, "b (h g) n d -> b h g n d", h=Hkv)
     scores = torch.einsum("bhgid,bhjd->bhgij", q, call.k) * call.scale
@@ -71,7 +71,8 @@ def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     if call.padding is not None:
         visible = visible & call.padding[:, None, None, :]
     biased = biased.to(call.lse_dtype)
-    # A bias of -inf hides a key as a mask does: logsumexp alone would give a row of them NaN gradients.
+    # A bias of -inf hides a key as a mask does: logsumexp alone would give a row of them a NaN
+    # gradient.
     return scores, biased.masked_fill(~visible | (biased == float("-inf")), float("-inf"))
 
 
@@ -107,7 +108,7 @@ def backward(
     dlse: torch.Tensor | None,
     bias_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As every backend's backward, from the saved (out, lse): the formula that the kernels follow."""
+    """As every backend's backward, from the saved (out, lse): the formula that kernels follow."""
     scores, biased = _scores(call)
     p = _probabilities(biased, lse)
     keep = (

@@ -1,4 +1,4 @@
-"""torch.library registration: attention_forward and attention_backward, their fakes and autograd."""
+"""Registers torch.ops.hierkernels.attention_forward and _backward, their fakes and autograd."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _CALL = (
 )
 LIBRARY.define(f"attention_forward({_CALL}, str backend) -> (Tensor out, Tensor lse)")
 LIBRARY.define(
-    f"attention_backward({_CALL}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, bool bias_grad, "
-    "str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
+    f"attention_backward({_CALL}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
+    "bool bias_grad, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
 )
 
 
@@ -86,8 +86,8 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
 
 def _differentiate_twice(ctx: Any, *grads: torch.Tensor) -> tuple:
     raise NotImplementedError(
-        "attention: the kernels have no second derivative; backend='reference' is differentiable any "
-        "number of times"
+        "attention: the kernels have no second derivative; backend='reference' is differentiable "
+        "any number of times"
     )
 
 
