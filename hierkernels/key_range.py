@@ -61,7 +61,7 @@ class KeyRange(NamedTuple):
 
     @staticmethod
     def window(n_queries: int, n_keys: int, left: int | None, right: int | None) -> KeyRange:
-        """`left` keys before and `right` after the (bottom-right aligned) own one; None = no limit."""
+        """`left` keys before, `right` after the (bottom-right aligned) own one; None = no limit."""
         own = n_keys - n_queries
         lo = Staircase() if left is None else Staircase(rise=1, offset=own - left)
         hi = (
@@ -98,7 +98,10 @@ class KeyRange(NamedTuple):
     def compressed(
         first_end: int, stride: int, num_memory: int = 0, strict: bool = False
     ) -> KeyRange:
-        """num_memory keys seen by all, then key w, seen once first_end + w * stride <= i (< if strict)."""
+        """num_memory keys seen by all; then key w, seen by i iff first_end + w * stride <= i.
+
+        With strict=True the end of w must lie before i.
+        """
         shift = -first_end - (1 if strict else 0)
         return KeyRange(Staircase(), Staircase(shift, stride, 1, num_memory + 1, num_memory))
 

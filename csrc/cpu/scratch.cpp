@@ -11,7 +11,6 @@ namespace hierkernels {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kFreshMapping = size_t{4} << 20;  // outputs of this size come from mmap, not from a pool
 
 class Buffer {
  public:
@@ -51,7 +50,7 @@ char* thread_scratch(ScratchUse use, size_t bytes) {
 
 void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
-  if (bytes < kFreshMapping) return;
+  if (bytes < kLargeOutput) return;
   const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

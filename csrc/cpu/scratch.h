@@ -13,8 +13,11 @@ enum class ScratchUse : int { kTask, kShared, kBias };
 // the calling thread, stays valid until the thread asks again for the same use, and only grows.
 char* thread_scratch(ScratchUse use, size_t bytes);
 
-// Asks for huge pages for memory that is about to be written and that was probably mapped just now: large outputs
-// come fresh from the system, and faults of 4 KiB would cost more than the kernel.
+// Outputs from this size on are written past the caches: they would not stay there.
+constexpr size_t kLargeOutput = size_t{4} << 20;
+
+// Asks for huge pages for a large output that is about to be written: it probably comes fresh from the system, and
+// faults of 4 KiB would cost more than the kernel.
 void advise_huge_pages(void* data, size_t bytes);
 
 // Divides one buffer: sizes first, then addresses.

@@ -33,6 +33,8 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+constexpr int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
+
 // Storage types.
 struct BFloat16 {
   uint16_t bits;

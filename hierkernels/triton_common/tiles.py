@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+# ln(2) = LN2 + LN2_TAIL, LN2 being the nearest float32.
+LN2 = tl.constexpr(0.6931471824645996)
+LN2_TAIL = tl.constexpr(-1.904654299957768e-09)
 # Where a running maximum starts: finite, so that no difference is ever inf - inf.
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -78,12 +80,29 @@ def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def multiply_add(x, y, z, PRECISION: tl.constexpr):
+    """x * y + z in float32, rounded once; the interpreter's fma would round twice."""
+    if PRECISION == "emulated":
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b, or a @ b for acc None. "emulated": the interpreter would multiply bfloat16 bits."""
     if PRECISION == "emulated":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def natural_lse(top, total, PRECISION: tl.constexpr):
+    """ln(2**top * total), rounded once however large top is; -inf where total is 0."""
+    rest = tl.log2(tl.where(total == 0.0, 1.0, total)) * LN2
+    lse = multiply_add(top, LN2, multiply_add(top, LN2_TAIL, rest, PRECISION), PRECISION)
+    return tl.where(total == 0.0, float("-inf"), lse)
 
 
 @triton.jit

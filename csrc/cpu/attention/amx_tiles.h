@@ -94,6 +94,29 @@ HK_INLINE __mmask16 first_lanes16(int64_t n) {
   return n >= 16 ? 0xffffu : n <= 0 ? 0u : static_cast<__mmask16>((1u << n) - 1u);
 }
 
+// Lane r of the result is the sum, or the maximum, of the 16 floats at rows + 16 * r.
+struct Add {
+  static HK_INLINE __m512 apply(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+};
+struct Max {
+  static HK_INLINE __m512 apply(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+};
+template <class Op>
+HK_INLINE __m512 reduce16(const float* rows) {
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 x = _mm512_load_ps(rows + 32 * i), y = _mm512_load_ps(rows + 32 * i + 16);
+    a[i] = Op::apply(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] = Op::apply(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  for (int i = 0; i < 2; ++i)
+    c[i] = Op::apply(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+  return Op::apply(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+}
+
 // ---- packing ----
 
 HK_INLINE void transpose16(__m512i r[16]) {  // 16 x 16 dwords

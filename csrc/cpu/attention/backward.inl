@@ -43,7 +43,8 @@ class Backward {
     lse_at_ = part(dq_rows_);
     delta_at_ = part(dq_rows_);
     keep_at_ = part(kTileKeys);
-    slope_at_ = part(kTileKeys);
+    largest_at_ = part(kTileRows);
+    slope_at_ = part(p.softcap ? shape_.rows * shape_.stride : 0);
     additive_at_ = part(TileModifiers<F>::additive_rows(p) * kTileKeys);
     dq_at_ = part(plan_.splits > 1 ? 0 : dq_size());
   }
@@ -73,6 +74,7 @@ class Backward {
           task(w, plan_.task(family, m), dbias);
       }
       if (plan_.splits > 1) add_partial_dq();
+      stream_fence();
       if (bias_copies > 0) {
         F* dbias = p_.dbias.as<F>();
 #pragma omp for schedule(static)
@@ -96,7 +98,8 @@ class Backward {
           q(at(scratch, f.q_at_)), dout(at(scratch, f.dout_at_)), dk(at(scratch, f.dk_at_)), dv(at(scratch, f.dv_at_)),
           lse(at(scratch, f.lse_at_)), delta(at(scratch, f.delta_at_)), dq(at(scratch, f.dq_at_)),
           modifiers(f.p_, at(scratch, f.additive_at_)),
-          rows{nullptr, nullptr, nullptr, static_cast<F>(f.p_.scale), at(scratch, f.keep_at_), at(scratch, f.slope_at_)} {}
+          rows{nullptr, nullptr, nullptr, static_cast<F>(f.p_.scale), at(scratch, f.keep_at_), at(scratch, f.largest_at_),
+               at(scratch, f.slope_at_)} {}
     static F* at(char* scratch, size_t offset) { return reinterpret_cast<F*>(scratch + offset); }
   };
 
@@ -174,8 +177,10 @@ class Backward {
       clear(w.dv, 0, keys * shape_.padded_v);
     }
     const F one = F(1);
-    storage_.store(rows_of(p_.dk, storage_, t.b, t.kv_head, 1), key, keys, shape_.dim, w.dk, shape_.padded, &one, 0);
-    storage_.store(rows_of(p_.dv, storage_, t.b, t.kv_head, 1), key, keys, shape_.dim_v, w.dv, shape_.padded_v, &one, 0);
+    storage_.store(rows_of(p_.dk, storage_, t.b, t.kv_head, 1), key, keys, shape_.dim, w.dk, shape_.padded, &one, 0,
+                   is_large(p_.dk, storage_.bytes));
+    storage_.store(rows_of(p_.dv, storage_, t.b, t.kv_head, 1), key, keys, shape_.dim_v, w.dv, shape_.padded_v, &one, 0,
+                   is_large(p_.dv, storage_.bytes));
   }
 
   void row_block(Work& w, const BackwardTask& t, int64_t block, int64_t key, int keys, const Operand& k, F* dq,
@@ -228,7 +233,7 @@ class Backward {
   void store_dq(const BackwardTask& t, int64_t first, int64_t n, const F* dq) const {
     const F one = F(1);
     storage_.store(rows_of(p_.dq, storage_, t.b, t.kv_head, p_.group()), first, static_cast<int>(n), shape_.dim, dq,
-                   shape_.padded, &one, 0);
+                   shape_.padded, &one, 0, is_large(p_.dq, storage_.bytes));
   }
 
   // In a parallel region: the partial sums of the splits, in order.
@@ -260,7 +265,7 @@ class Backward {
   F* bias_copies_ = nullptr;
   ScratchLayout layout_;
   size_t tile_at_, scores_at_, dp_at_, k_panels_at_, v_panels_at_, k_at_, q_at_, dout_at_, dk_at_, dv_at_, lse_at_,
-      delta_at_, keep_at_, slope_at_, additive_at_, dq_at_;
+      delta_at_, keep_at_, largest_at_, slope_at_, additive_at_, dq_at_;
 };
 
 }  // namespace

@@ -28,7 +28,7 @@ class Forward {
     k_at_ = part(keys * shape_.padded);
     v_at_ = part(v_in_place_ ? 0 : keys * shape_.padded_v);
     q_at_ = part(q_in_place_ ? 0 : shape_.rows * shape_.padded);
-    rows_at_ = part(4 * kTileRows);
+    rows_at_ = part(5 * kTileRows);
     keep_at_ = part(kTileKeys);
     additive_at_ = part(TileModifiers<F>::additive_rows(p) * kTileKeys);
   }
@@ -43,6 +43,7 @@ class Forward {
       // The heads in turn, the last (with a causal range: the longest) block of rows first.
 #pragma omp for schedule(dynamic, at_once)
       for (int64_t t = 0; t < tasks; ++t) block(w, t / blocks, blocks - 1 - t % blocks);
+      stream_fence();
     }
   }
 
@@ -50,14 +51,15 @@ class Forward {
   // What a thread works with.
   struct Work {
     TileRows& tile;
-    F *scores, *out, *k, *v, *q, *max_of, *sum_of, *rescale, *inverse, *keep;
+    F *scores, *out, *k, *v, *q, *keep, *inverse;
+    SoftmaxRows<F> rows;
     TileModifiers<F> modifiers;
 
     Work(const Forward& f, char* scratch)
         : tile(*new (scratch + f.tile_at_) TileRows), scores(f.at(scratch, f.scores_at_)),
           out(f.at(scratch, f.out_at_)), k(f.at(scratch, f.k_at_)), v(f.at(scratch, f.v_at_)),
-          q(f.at(scratch, f.q_at_)), max_of(f.at(scratch, f.rows_at_)), sum_of(max_of + kTileRows),
-          rescale(sum_of + kTileRows), inverse(rescale + kTileRows), keep(f.at(scratch, f.keep_at_)),
+          q(f.at(scratch, f.q_at_)), keep(f.at(scratch, f.keep_at_)), inverse(f.at(scratch, f.rows_at_)),
+          rows{inverse + kTileRows, inverse + 2 * kTileRows, inverse + 3 * kTileRows, inverse + 4 * kTileRows},
           modifiers(f.p_, f.at(scratch, f.additive_at_)) {}
   };
   F* at(char* scratch, size_t offset) const { return reinterpret_cast<F*>(scratch + offset); }
@@ -78,10 +80,9 @@ class Forward {
     } else {
       storage_.load(q_rows, first, tile.n, shape_.dim, w.q, shape_.padded);
     }
-    const F hidden = -static_cast<F>(__builtin_inff());
-    for (int r = 0; r < tile.n; ++r) {
-      w.max_of[r] = hidden;
-      w.sum_of[r] = F(0);
+    for (int r = 0; r < tile.n; r += kWidth<F>) {
+      store(w.rows.max + r, set1(-static_cast<F>(__builtin_inff())));
+      store(w.rows.sum + r, zero<F>());
     }
 
     Update update = Update::kStore;
@@ -100,8 +101,8 @@ class Forward {
         storage_.load(v_rows, key, keys, shape_.dim_v, w.v, shape_.padded_v);
       }
       multiply_scores(tile, q, q_stride, w.k, shape_.panel, shape_.dim, w.scores, shape_.stride);
-      softmax_tile(tile, w.modifiers, w.scores, shape_.stride, w.keep, w.max_of, w.sum_of, w.rescale);
-      multiply_rows(tile, w.scores, shape_.stride, v, v_stride, shape_.dim_v, w.out, shape_.padded_v, update, w.rescale);
+      softmax_tile(tile, w.modifiers, w.scores, shape_.stride, w.keep, w.rows);
+      multiply_rows(tile, w.scores, shape_.stride, v, v_stride, shape_.dim_v, w.out, shape_.padded_v, update, w.rows.rescale);
       update = Update::kRescale;
     }
     if (update == Update::kStore) clear(w.out, 0, tile.n * shape_.padded_v);
@@ -112,16 +113,16 @@ class Forward {
     constexpr int W = kWidth<F>;
     const TileRows& tile = w.tile;
     for (int r = 0; r < tile.n; r += W) {
-      const Vec<F> sum = load(w.sum_of + r);
+      const Vec<F> sum = load(w.rows.sum + r);
       const Vec<F> empty = set1(-static_cast<F>(__builtin_inff()));
       const Mask<F> none = sum == F(0);
       store(w.inverse + r, select(none, zero<F>(), F(1) / sum));
-      store(w.max_of + r, select(none, empty, (load(w.max_of + r) + log2(sum)) * static_cast<F>(kLn2)));
+      store(w.rows.max + r, select(none, empty, (load(w.rows.max + r) + log2(sum)) * static_cast<F>(kLn2)));
     }
     const Rows out_rows = rows_of(p_.out, storage_, b, kv_head, p_.group());
-    storage_.store(out_rows, tile.first, tile.n, shape_.dim_v, w.out, shape_.padded_v, w.inverse, 1);
+    storage_.store(out_rows, tile.first, tile.n, shape_.dim_v, w.out, shape_.padded_v, w.inverse, 1, is_large(p_.out, storage_.bytes));
     F* lse = p_.lse.as<F>() + (b * p_.heads() + kv_head * p_.group()) * p_.n_queries();
-    for (int r = 0; r < tile.n; ++r) lse[tile.head[r] * p_.n_queries() + tile.query[r]] = w.max_of[r];
+    for (int r = 0; r < tile.n; ++r) lse[tile.head[r] * p_.n_queries() + tile.query[r]] = w.rows.max[r];
   }
 
   const AttentionParams& p_;

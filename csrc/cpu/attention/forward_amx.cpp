@@ -32,6 +32,13 @@ constexpr int kProbStride = kKeys + 32;
 constexpr float kSlack = 8.f;
 constexpr float kLowest = -3e38f;  // the maximum before any key: finite, so that -inf - max is never NaN
 constexpr int64_t kSharedPackBytes = 256 << 20;
+constexpr int64_t kStreamBytes = 4 << 20;
+
+bool whole_lines(const Tensor& t) {
+  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 64 == 0 && t.size[3] % 32 == 0;
+  for (int d = 0; d < 3; ++d) aligned = aligned && t.stride[d] % 32 == 0;
+  return aligned;
+}
 
 // ---- scores: 16 rows x 16 NT keys ----
 
@@ -123,6 +130,7 @@ struct Forward {
   const int64_t rows;   // packed rows of a key/value head
   const int64_t blocks; // tasks of a key/value head
   const bool share;     // K and V packed once a head
+  const bool stream;    // a large output of whole, aligned cache lines goes past the caches
   const int64_t o_stride;
   const __m512i flip;   // a negative scale is moved into q
   const float scale;    // its absolute value
@@ -144,6 +152,7 @@ struct Forward {
         rows(Nq * G),
         blocks((rows + kRows - 1) / kRows),
         share(blocks > 1),
+        stream(!share && params.out.span_bytes() >= kStreamBytes && whole_lines(params.out)),
         o_stride(v_steps * 32 + 16),
         flip(_mm512_set1_epi16(params.scale < 0 ? static_cast<int16_t>(0x8000) : 0)),
         scale(std::fabs(static_cast<float>(params.scale))) {}
@@ -234,27 +243,15 @@ struct Task {
       copy_row(row, f.D, f.steps, f.flip, m.q + r * f.steps * 32);
       if (!f.share) {
         prefetch_row(row + next_q, f.steps);
-        prefetch_row_to_write(out.as<bf16>() + b * out.stride[0] + hq * out.stride[1] + i * out.stride[2], f.v_steps);
+        if (!f.stream) prefetch_row_to_write(out.as<bf16>() + b * out.stride[0] + hq * out.stride[1] + i * out.stride[2], f.v_steps);
       }
       m.lo[r] = static_cast<int32_t>(f.p.range.lo.at(i, f.Nk));
       m.hi[r] = static_cast<int32_t>(f.p.range.hi.at(i, f.Nk));
-      m.top[r] = kLowest;
-      m.limit[r] = -INFINITY;
-      _mm512_store_ps(m.sum + 16 * r, _mm512_setzero_ps());
     }
     for (int r = count; r < padded; ++r) zero_row(f.steps, m.q + r * f.steps * 32);
   }
 
-  // The row's maximum left the slack behind: raise it and rescale what was summed so far.
-  HK_INLINE void raise(int r, __m512 tops, bool first) const {
-    const float top = _mm512_reduce_max_ps(tops) * factor;
-    if (!first) rescale(r, m.top[r] - top);
-    m.top[r] = top;
-    m.limit[r] = limit_above(top);
-  }
-  // In units of a raw score.
-  float limit_above(float top) const { return factor > 0 ? (top + kSlack) * per_factor : INFINITY; }
-
+  // Sums of row r so far, to a maximum that is higher by -log2_shrink.
   __attribute__((noinline, cold)) void rescale(int r, float log2_shrink) const {
     const __m512 shrink = _mm512_set1_ps(std::exp2(log2_shrink));
     _mm512_store_ps(m.sum + 16 * r, _mm512_mul_ps(shrink, _mm512_load_ps(m.sum + 16 * r)));
@@ -280,63 +277,101 @@ struct Task {
     }
   }
 
-  // Numerators of row r (strip row r % 32) for the keys [j0 + from, j0 + to), multiples of 32: S row -> P row.
-  void softmax_row(int r, int64_t j0, int from, int to, bool first) const {
-    float* s = m.s + (r % kStrip) * kScoreStride;
-    bf16* out = m.prob + (r % kStrip) * kProbStride;
-    if (f.modified) modify_row(r, j0, from, to, s);
-    const int lo = m.lo[r] - static_cast<int>(j0), hi = m.hi[r] - static_cast<int>(j0);
-    __m512 sum0 = _mm512_load_ps(m.sum + 16 * r), sum1 = _mm512_setzero_ps();
-    const __m512 c = _mm512_set1_ps(factor);
-    if (lo <= from && hi >= to && !f.modifiers.dropout) {
-      __m512 top0 = _mm512_load_ps(s + from), top1 = _mm512_load_ps(s + from + 16);
-      for (int j = from + 32; j < to; j += 32) {
-        top0 = _mm512_max_ps(top0, _mm512_load_ps(s + j));
-        top1 = _mm512_max_ps(top1, _mm512_load_ps(s + j + 16));
-      }
-      top0 = _mm512_max_ps(top0, top1);
-      if (__builtin_expect(_mm512_cmp_ps_mask(top0, _mm512_set1_ps(m.limit[r]), _CMP_GT_OQ), 0)) {
-        raise(r, top0, first);
-        sum0 = _mm512_load_ps(m.sum + 16 * r);
-      }
-      const __m512 top = _mm512_set1_ps(m.top[r]);
-      for (int j = from; j < to; j += 32) {
-        const __m512 x = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j), c, top));
-        const __m512 y = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j + 16), c, top));
-        sum0 = _mm512_add_ps(sum0, x);
-        sum1 = _mm512_add_ps(sum1, y);
-        _mm512_store_si512(out + j, to_bf16(x, y));
+  const float* score_row(int r) const { return m.s + (r % kStrip) * kScoreStride; }
+
+  // Row r against the keys [j0 + from, j0 + to), multiples of 32 from j0.
+  struct Span {
+    int from, to, lo, hi;  // lo, hi: what the row sees, from j0
+    bool whole() const { return lo <= from && hi >= to; }
+    __mmask32 visible(int j) const { return first_lanes32(hi - j) & ~first_lanes32(lo - j); }
+  };
+  Span span(int r, int64_t j0, int from, int to) const {
+    return {from, to, m.lo[r] - static_cast<int>(j0), m.hi[r] - static_cast<int>(j0)};
+  }
+
+  // The largest visible scores, lane by lane; -inf where there are none.
+  static HK_INLINE __m512 lane_tops(const float* s, const Span& x) {
+    __m512 a = _mm512_set1_ps(-INFINITY), b = a;
+    if (x.whole()) {
+      for (int j = x.from; j < x.to; j += 32) {
+        a = _mm512_max_ps(a, _mm512_load_ps(s + j));
+        b = _mm512_max_ps(b, _mm512_load_ps(s + j + 16));
       }
     } else {
-      const auto visible = [=](int j) -> __mmask32 { return first_lanes32(hi - j) & ~first_lanes32(lo - j); };
-      __m512 tops = _mm512_set1_ps(-INFINITY);
-      for (int j = from; j < to; j += 32) {
-        const __mmask32 see = visible(j);
-        tops = _mm512_mask_max_ps(tops, static_cast<__mmask16>(see), tops, _mm512_load_ps(s + j));
-        tops = _mm512_mask_max_ps(tops, static_cast<__mmask16>(see >> 16), tops, _mm512_load_ps(s + j + 16));
+      for (int j = x.from; j < x.to; j += 32) {
+        const __mmask32 see = x.visible(j);
+        a = _mm512_mask_max_ps(a, static_cast<__mmask16>(see), a, _mm512_load_ps(s + j));
+        b = _mm512_mask_max_ps(b, static_cast<__mmask16>(see >> 16), b, _mm512_load_ps(s + j + 16));
       }
-      if (_mm512_cmp_ps_mask(tops, _mm512_set1_ps(m.limit[r]), _CMP_GT_OQ)) {
-        raise(r, tops, first);
-        sum0 = _mm512_load_ps(m.sum + 16 * r);
+    }
+    return _mm512_max_ps(a, b);
+  }
+
+  // The maxima of the rows [r0, r1), r1 - r0 <= 16, at their first block of keys.
+  void first_tops(int r0, int r1, int64_t j0, int from, int to) const {
+    alignas(64) float lanes[16 * 16];
+    for (int r = r0; r < r1; ++r) _mm512_store_ps(lanes + (r - r0) * 16, lane_tops(score_row(r), span(r, j0, from, to)));
+    const __m512 raw = reduce16<Max>(lanes), top = _mm512_mul_ps(raw, _mm512_set1_ps(factor));
+    const __mmask16 none = _mm512_cmp_ps_mask(raw, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
+    _mm512_storeu_ps(m.top + r0, _mm512_mask_mov_ps(top, none, _mm512_set1_ps(kLowest)));
+    for (int r = r0; r < r1; ++r) m.limit[r] = none >> (r - r0) & 1 ? -INFINITY : limit_above(m.top[r]);
+  }
+  // What a score must exceed to raise the maximum `top`.
+  float limit_above(float top) const { return factor > 0 ? (top + kSlack) * per_factor : INFINITY; }
+
+  void raise_top(int r, const Span& x) const {
+    const __m512 tops = lane_tops(score_row(r), x);
+    if (__builtin_expect(_mm512_cmp_ps_mask(tops, _mm512_set1_ps(m.limit[r]), _CMP_GT_OQ) == 0, 1)) return;
+    const float top = _mm512_reduce_max_ps(tops) * factor;
+    rescale(r, m.top[r] - top);
+    m.top[r] = top;
+    m.limit[r] = limit_above(top);
+  }
+
+  // Numerators of row r: S row -> P row, and their sum, lane by lane.
+  void exponentials(int r, int64_t j0, const Span& x, bool first) const {
+    const float* s = score_row(r);
+    bf16* out = m.prob + (r % kStrip) * kProbStride;
+    const __m512 c = _mm512_set1_ps(factor), top = _mm512_set1_ps(m.top[r]);
+    __m512 sum0 = first ? _mm512_setzero_ps() : _mm512_load_ps(m.sum + 16 * r), sum1 = _mm512_setzero_ps();
+    const bool dropout = f.modifiers.dropout;
+    if (x.whole() && !dropout) {
+      for (int j = x.from; j < x.to; j += 32) {
+        const __m512 low = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j), c, top));
+        const __m512 high = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j + 16), c, top));
+        sum0 = _mm512_add_ps(sum0, low);
+        sum1 = _mm512_add_ps(sum1, high);
+        _mm512_store_si512(out + j, to_bf16(low, high));
       }
-      const __m512 top = _mm512_set1_ps(m.top[r]);
-      if (f.modifiers.dropout) f.modifiers.keep_row(b, head(r), query(r), j0 + from, to - from, m.keep);
-      for (int j = from; j < to; j += 32) {
-        const __mmask32 see = visible(j);
-        __m512 x = _mm512_maskz_mov_ps(static_cast<__mmask16>(see),
-                                       exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j), c, top)));
-        __m512 y = _mm512_maskz_mov_ps(static_cast<__mmask16>(see >> 16),
-                                       exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j + 16), c, top)));
-        sum0 = _mm512_add_ps(sum0, x);
-        sum1 = _mm512_add_ps(sum1, y);
-        if (f.modifiers.dropout) {
-          x = _mm512_mul_ps(x, _mm512_load_ps(m.keep + j - from));
-          y = _mm512_mul_ps(y, _mm512_load_ps(m.keep + j - from + 16));
+    } else {
+      if (dropout) f.modifiers.keep_row(b, head(r), query(r), j0 + x.from, x.to - x.from, m.keep);
+      for (int j = x.from; j < x.to; j += 32) {
+        const __mmask32 see = x.visible(j);
+        __m512 low = _mm512_maskz_mov_ps(static_cast<__mmask16>(see),
+                                         exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j), c, top)));
+        __m512 high = _mm512_maskz_mov_ps(static_cast<__mmask16>(see >> 16),
+                                          exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j + 16), c, top)));
+        sum0 = _mm512_add_ps(sum0, low);
+        sum1 = _mm512_add_ps(sum1, high);
+        if (dropout) {
+          low = _mm512_mul_ps(low, _mm512_load_ps(m.keep + j - x.from));
+          high = _mm512_mul_ps(high, _mm512_load_ps(m.keep + j - x.from + 16));
         }
-        _mm512_store_si512(out + j, to_bf16(x, y));
+        _mm512_store_si512(out + j, to_bf16(low, high));
       }
     }
     _mm512_store_ps(m.sum + 16 * r, _mm512_add_ps(sum0, sum1));
+  }
+
+  void softmax_strip(int r0, int r1, int64_t j0, int from, int to, bool first) const {
+    if (f.modified)
+      for (int r = r0; r < r1; ++r) modify_row(r, j0, from, to, m.s + (r - r0) * kScoreStride);
+    for (int r = r0; first && r < r1; r += 16) first_tops(r, r + 16 < r1 ? r + 16 : r1, j0, from, to);
+    for (int r = r0; r < r1; ++r) {
+      const Span x = span(r, j0, from, to);
+      if (!first) raise_top(r, x);
+      exponentials(r, j0, x, first);
+    }
   }
 
   // O of the strip += P V over the keys [from, to) of the block.
@@ -375,7 +410,7 @@ struct Task {
       else
         long_score_tiles(a, a_bytes, packed, tiles, f.steps, s);
     }
-    for (int r = r0; r < r1; ++r) softmax_row(r, j0, from, to, first);
+    softmax_strip(r0, r1, j0, from, to, first);
     if (r1 - r0 > 16)
       accumulate_strip<2>(r0, v, from, to, first);
     else
@@ -409,29 +444,33 @@ struct Task {
   // Sums -> outputs and log-sum-exps; unseen: by strip, no key was seen.
   void finish(const bool* unseen) const {
     const Tensor& out = f.p.out;
-    alignas(64) float sums[kRows];
-    for (int r = 0; r < count; ++r) {
-      const float sum = unseen[r / kStrip] ? 0.f : _mm512_reduce_add_ps(_mm512_load_ps(m.sum + 16 * r));
-      sums[r] = sum;
-      bf16* to = out.as<bf16>() + b * out.stride[0] + head(r) * out.stride[1] + query(r) * out.stride[2];
-      const float* o = m.o + r * f.o_stride;
-      const __m512 inverse = _mm512_set1_ps(1.f / sum);
-      for (int d = 0; d < f.Dv; d += 32) {
-        const __m512i x = sum == 0 ? _mm512_setzero_si512()
-                                   : to_bf16(_mm512_mul_ps(inverse, _mm512_load_ps(o + d)),
-                                             _mm512_mul_ps(inverse, _mm512_load_ps(o + d + 16)));
-        if (f.Dv - d >= 32)
-          _mm512_storeu_si512(to + d, x);
-        else
-          _mm512_mask_storeu_epi16(to + d, first_lanes32(f.Dv - d), x);
+    float* lse_to = f.p.lse.as<float>() + (b * f.p.heads() + h * f.G) * f.Nq;
+    alignas(64) float inverse[16], lse[16];
+    for (int r0 = 0; r0 < count; r0 += 16) {
+      const __m512 sum = unseen[r0 / kStrip] ? _mm512_setzero_ps() : reduce16<Add>(m.sum + 16 * r0);
+      const __mmask16 empty = _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_EQ_OQ);
+      _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.f), sum));
+      const __m512 y = (_mm512_load_ps(m.top + r0) + log2(VecF(sum))) * kLn2f;
+      _mm512_store_ps(lse, _mm512_mask_mov_ps(y, empty, _mm512_set1_ps(-INFINITY)));
+      for (int r = r0; r < r0 + 16 && r < count; ++r) {
+        const int64_t hq = head(r), i = query(r);
+        bf16* to = out.as<bf16>() + b * out.stride[0] + hq * out.stride[1] + i * out.stride[2];
+        const float* o = m.o + r * f.o_stride;
+        const __m512 scale = _mm512_set1_ps(inverse[r - r0]);
+        for (int d = 0; d < f.Dv; d += 32) {
+          const __m512i x = empty >> (r - r0) & 1 ? _mm512_setzero_si512()
+                                                  : to_bf16(_mm512_mul_ps(scale, _mm512_load_ps(o + d)),
+                                                            _mm512_mul_ps(scale, _mm512_load_ps(o + d + 16)));
+          if (f.stream)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to + d), x);
+          else if (f.Dv - d >= 32)
+            _mm512_storeu_si512(to + d, x);
+          else
+            _mm512_mask_storeu_epi16(to + d, first_lanes32(f.Dv - d), x);
+        }
+        lse_to[(hq - h * f.G) * f.Nq + i] = lse[r - r0];
       }
     }
-    for (int r = 0; r < count; r += 16) {
-      const VecF lse = (_mm512_load_ps(m.top + r) + log2(VecF(_mm512_load_ps(sums + r)))) * kLn2f;
-      _mm512_store_ps(sums + r, lse);  // log2(0) = -inf
-    }
-    float* to = f.p.lse.as<float>() + (b * f.p.heads() + h * f.G) * f.Nq;
-    for (int r = 0; r < count; ++r) to[(head(r) - h * f.G) * f.Nq + query(r)] = sums[r];
   }
 };
 
@@ -462,6 +501,7 @@ void attention_forward(const AttentionParams& p) {
 #pragma omp for schedule(static)
       for (int64_t head = 0; head < heads; ++head)
         Task(f, buffers, head / f.Hkv, head % f.Hkv, 0).run(nullptr, nullptr);
+      _mm_sfence();  // streamed stores become visible to the thread that goes on
     } else {
       for (int64_t first = 0; first < heads; first += wave) {
         const int64_t n = heads - first < wave ? heads - first : wave, chunks = (f.Nk + 31) / 32;

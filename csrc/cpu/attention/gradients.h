@@ -37,27 +37,10 @@ struct GradientRows {
   const F* delta;  // of each row: sum of P dP, less dlse; unused if the whole row is in the tile
   const F* dlse;   // of each row, used if the whole row is in the tile
   F scale;
-  F *keep, *slope;  // work space, kTileKeys each
+  F* keep;     // work space, kTileKeys
+  F* largest;  // work space, kTileRows
+  F* slope;    // work space like the scores, with a soft cap
 };
-
-// Makes s of row r the probabilities by a softmax of its own; [begin, end) are whole vectors.
-template <class F>
-HK_INLINE void softmax_row(F* s, int begin, int end) {
-  constexpr int W = kWidth<F>;
-  Vec<F> most = load(s + begin);
-  for (int j = begin + W; j < end; j += W) most = max(most, load(s + j));
-  const F tile_max = reduce_max(most);
-  const Vec<F> shift = set1(tile_max == -static_cast<F>(__builtin_inff()) ? F(0) : tile_max);
-  Vec<F> sum = zero<F>();
-  for (int j = begin; j < end; j += W) {
-    const Vec<F> x = exp2(load(s + j) - shift);
-    store(s + j, x);
-    sum += x;
-  }
-  const F total = reduce_add(sum);
-  const Vec<F> inverse = set1(total == F(0) ? F(0) : F(1) / total);
-  for (int j = begin; j < end; j += W) store(s + j, load(s + j) * inverse);
-}
 
 // For every row of the tile: scores become P (times keep: what multiplies dO), dp becomes scale * dS. Both are zero
 // where `readable` but not visible. kWhole: the tile holds all keys, so that neither lse nor out is needed.
@@ -66,6 +49,8 @@ void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, cons
                    const BiasGradient<F>& dbias, F* scores, F* dp, int64_t stride) {
   constexpr int W = kWidth<F>;
   const F hidden = -static_cast<F>(__builtin_inff());
+  const bool capped = modifiers.capped(), plain = !dbias.data && !capped;
+  prepare_scores(tile, modifiers, scores, stride, kWhole ? rows.largest : nullptr, capped ? rows.slope : nullptr);
   for (int r = 0; r < tile.n; ++r, scores += stride, dp += stride) {
     const Span readable = tile.readable(r, W);
     const int from = tile.from[r], to = tile.to[r];
@@ -74,23 +59,28 @@ void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, cons
       clear(dp, readable.begin, readable.end);
       continue;
     }
-    const int begin = from / W * W, end = (to + W - 1) / W * W;
-    if (modifiers.change_scores()) modifiers.apply(tile, r, begin, end, scores, rows.slope);
-    hide_outside(scores, from, to, hidden);
+    const int begin = from / W * W, end = round_up(to, W);
     if (modifiers.dropout()) {
       modifiers.keep(tile, r, begin, end, rows.keep);
       for (int j = begin; j < end; j += W) store(dp + j, load(dp + j) * load(rows.keep + j));
     }
 
     const Vec<F> scale = set1(rows.scale);
-    const bool plain = !dbias.data && !modifiers.capped();
     if constexpr (kWhole) {
-      softmax_row(scores, begin, end);
-      Vec<F> sum = zero<F>();
-      for (int j = begin; j < end; j += W) sum = fma(load(scores + j), load(dp + j), sum);
-      const Vec<F> delta = set1(reduce_add(sum) - rows.dlse[r]);
+      // 2^(score - max) = x, P = x / sum of x, delta = sum of P dP.
+      const Vec<F> origin = set1(rows.largest[r] == hidden ? F(0) : rows.largest[r]);
+      Vec<F> sum = zero<F>(), weighted = zero<F>();
       for (int j = begin; j < end; j += W) {
-        const Vec<F> ds = load(scores + j) * (load(dp + j) - delta);
+        const Vec<F> x = exp2(load(scores + j) - origin);
+        store(scores + j, x);
+        sum += x;
+        weighted = fma(x, load(dp + j), weighted);
+      }
+      const F total = reduce_add(sum), factor = total == F(0) ? F(0) : F(1) / total;
+      const Vec<F> inverse = set1(factor), delta = set1(reduce_add(weighted) * factor - rows.dlse[r]);
+      for (int j = begin; j < end; j += W) {
+        const Vec<F> p = load(scores + j) * inverse, ds = p * (load(dp + j) - delta);
+        store(scores + j, p);
         store(dp + j, plain ? ds * scale : ds);
       }
     } else {
@@ -104,7 +94,7 @@ void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, cons
     if (!plain) {
       if (dbias.data) dbias.add(tile, r, from, to, dp);
       for (int j = begin; j < end; j += W) {
-        const Vec<F> factor = modifiers.capped() ? load(rows.slope + j) * scale : scale;
+        const Vec<F> factor = capped ? load(rows.slope + r * stride + j) * scale : scale;
         store(dp + j, load(dp + j) * factor);
       }
     }

@@ -2,6 +2,7 @@
 #pragma once
 #include <omp.h>
 
+#include "../scratch.h"
 #include "storage.h"
 #include "tiles.h"
 
@@ -20,6 +21,11 @@ inline int tile_rows(const AttentionParams& p) {
 inline int tasks_at_once(int64_t tasks) {
   const int64_t each = tasks / (omp_get_max_threads() * int64_t{32});
   return each < 1 ? 1 : each > 256 ? 256 : static_cast<int>(each);
+}
+
+// Whether to write a tensor past the caches.
+inline bool is_large(const Tensor& t, int element) {
+  return static_cast<size_t>(t.size[0] * t.size[1] * t.size[2] * t.size[3] * element) >= kLargeOutput;
 }
 
 template <class F>

@@ -95,53 +95,80 @@ HK_INLINE void clear(F* x, int begin, int end) {
   for (int j = begin; j < end; j += kWidth<F>) store(x + j, zero<F>());
 }
 
-// One step of the online softmax for every row of the tile: scores become 2^(score - max), zeros where `readable` but
-// not visible; max and sum are updated, rescale = 2^(old max - new max).
+// The state of the online softmax, of each row of a block; whole vectors.
 template <class F>
-void softmax_tile(const TileRows& tile, const TileModifiers<F>& modifiers, F* scores, int64_t stride, F* keep, F* max_of,
-                  F* sum_of, F* rescale) {
+struct SoftmaxRows {
+  F* max;      // the largest score so far, -inf if there is none
+  F* sum;      // of 2^(score - max)
+  F* rescale;  // 2^(max before the tile - max), 0 for the first
+  F* origin;   // max, or 0 if it is -inf: then 2^(-inf - 0) = 0
+};
+
+// Scores of the tile with modifiers, and -inf in the lanes of the first and last vector that are not visible. If
+// wanted, the largest score of every row goes to `largest`; with a soft cap, the derivative of each to `slope`.
+template <class F>
+void prepare_scores(const TileRows& tile, const TileModifiers<F>& modifiers, F* scores, int64_t stride, F* largest,
+                    F* slope) {
   constexpr int W = kWidth<F>;
   const F hidden = -static_cast<F>(__builtin_inff());
   for (int r = 0; r < tile.n; ++r, scores += stride) {
+    const int from = tile.from[r], to = tile.to[r];
+    if (largest) largest[r] = hidden;
+    if (from >= to) continue;
+    const int begin = from / W * W, end = round_up(to, W);
+    if (modifiers.change_scores()) modifiers.apply(tile, r, begin, end, scores, slope ? slope + r * stride : nullptr);
+    hide_outside(scores, from, to, hidden);
+    if (!largest) continue;
+    Vec<F> most = load(scores + begin), most_2 = load(scores + end - W);
+    for (int j = begin + W; j + 2 * W <= end; j += 2 * W) {
+      most = max(most, load(scores + j));
+      most_2 = max(most_2, load(scores + j + W));
+    }
+    largest[r] = reduce_max(max(most, most_2));
+  }
+}
+
+// One step of the online softmax for every row of the tile: scores become 2^(score - max), zeros where `readable` but
+// not visible, times what dropout keeps.
+template <class F>
+void softmax_tile(const TileRows& tile, const TileModifiers<F>& modifiers, F* scores, int64_t stride, F* keep,
+                  const SoftmaxRows<F>& rows) {
+  constexpr int W = kWidth<F>;
+  prepare_scores(tile, modifiers, scores, stride, rows.origin, static_cast<F*>(nullptr));
+  const Vec<F> hidden = set1(-static_cast<F>(__builtin_inff()));
+  for (int r = 0; r < tile.n; r += W) {
+    const Vec<F> before = load(rows.max + r), now = max(before, load(rows.origin + r));
+    const Vec<F> origin = select(now == hidden, zero<F>(), now);
+    const Vec<F> rescale = select(before == now, set1(F(1)), exp2(before - origin));
+    store(rows.max + r, now);
+    store(rows.origin + r, origin);
+    store(rows.rescale + r, rescale);
+    store(rows.sum + r, load(rows.sum + r) * rescale);
+  }
+  for (int r = 0; r < tile.n; ++r, scores += stride) {
     const Span readable = tile.readable(r, W);
     const int from = tile.from[r], to = tile.to[r];
-    rescale[r] = F(1);
     if (from >= to) {
       clear(scores, readable.begin, readable.end);
       continue;
     }
-    const int begin = from / W * W, end = (to + W - 1) / W * W;
-    if (modifiers.change_scores()) modifiers.apply(tile, r, begin, end, scores, nullptr);
-    hide_outside(scores, from, to, hidden);
-
-    Vec<F> most = load(scores + begin), most_2 = load(scores + end - W);
-    int j = begin + W;
-    for (; j + 2 * W <= end; j += 2 * W) {
-      most = max(most, load(scores + j));
-      most_2 = max(most_2, load(scores + j + W));
-    }
-    const F old_max = max_of[r], tile_max = reduce_max(max(most, most_2));
-    const F new_max = old_max > tile_max ? old_max : tile_max;
-    const F origin = new_max == hidden ? F(0) : new_max;  // all hidden so far: 2^(-inf - 0) = 0
-    max_of[r] = new_max;
-
+    const int begin = from / W * W, end = round_up(to, W);
     Vec<F> sum = zero<F>(), sum_2 = zero<F>();
-    const Vec<F> shift = set1(origin);
-    for (j = begin; j + 2 * W <= end; j += 2 * W) {
-      const Vec<F> x = exp2(load(scores + j) - shift), y = exp2(load(scores + j + W) - shift);
+    const Vec<F> origin = set1(rows.origin[r]);
+    int j = begin;
+    for (; j + 2 * W <= end; j += 2 * W) {
+      const Vec<F> x = exp2(load(scores + j) - origin), y = exp2(load(scores + j + W) - origin);
       store(scores + j, x);
       store(scores + j + W, y);
       sum += x;
       sum_2 += y;
     }
     if (j < end) {
-      const Vec<F> x = exp2(load(scores + j) - shift);
+      const Vec<F> x = exp2(load(scores + j) - origin);
       store(scores + j, x);
       sum += x;
     }
-    const F factor = old_max == hidden ? F(0) : old_max == new_max ? F(1) : exp2(set1(old_max - origin))[0];
-    rescale[r] = factor;
-    sum_of[r] = sum_of[r] * factor + reduce_add(sum + sum_2);
+    rows.sum[r] += reduce_add(sum + sum_2);
     clear(scores, readable.begin, begin);
     clear(scores, end, readable.end);
     if (modifiers.dropout()) {

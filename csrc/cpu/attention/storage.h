@@ -38,8 +38,6 @@ class RowCursor {
   int64_t head_, token_offset_;
 };
 
-constexpr int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
-
 // a = the even, b = the odd elements of the result's first (low) and second (high) half, alternating.
 template <class V>
 HK_INLINE void zip(V a, V b, V& low, V& high) {
@@ -134,17 +132,18 @@ void transpose_rows(const Rows& rows, int64_t first, int n, int dim, F factor, F
   }
 }
 
-// Row first + i = x[i * x_stride ...] * factors[i * factor_stride].
+// Row first + i = x[i * x_stride ...] * factors[i * factor_stride]. past_caches: if possible, without reading the
+// memory first and without displacing what the caches hold.
 template <class F, class T>
 void store_rows(const Rows& rows, int64_t first, int n, int dim, const F* x, int64_t x_stride, const F* factors,
-                int factor_stride) {
+                int factor_stride, bool past_caches) {
   constexpr int W = kWidth<F>;
   RowCursor cursor(rows, first);
   for (int i = 0; i < n; ++i, cursor.next(), x += x_stride) {
     const Vec<F> factor = set1(factors[i * factor_stride]);
     T* out = reinterpret_cast<T*>(rows.data) + cursor.offset();
     int c = 0;
-    if (sizeof(T)==4 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0)
+    if (kSame<F, T> && past_caches && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0)
       for (; c + W <= dim; c += W) stream(out + c, bit_cast<VecF>(load(x + c) * factor));
     for (; c + W <= dim; c += W) store_as<F>(out + c, load(x + c) * factor);
     if (c < dim) store_as<F>(out + c, load(x + c) * factor, dim - c);
@@ -174,7 +173,7 @@ struct Storage {
   int bytes;
   void (*load)(const Rows&, int64_t, int, int, F*, int64_t);
   void (*transpose)(const Rows&, int64_t, int, int, F, F*, int);
-  void (*store)(const Rows&, int64_t, int, int, const F*, int64_t, const F*, int);
+  void (*store)(const Rows&, int64_t, int, int, const F*, int64_t, const F*, int, bool);
   void (*dot)(const Rows&, const Rows&, int64_t, int, int, F*);
 };
 template <class F, class T>

@@ -39,6 +39,7 @@ from hierkernels.triton_common.tiles import (
     LOG2E,
     dot,
     load_rows,
+    multiply_add,
     rounded,
     row_offsets,
     store_rows,
@@ -172,7 +173,7 @@ def _attention_backward_dq_kernel(
             s = within(
                 s, keys[None, :], lo[:, None], hi[:, None], n0, mid_begin, mid_end, phase, LOOP
             )
-            p = tl.exp2(tl.fma(s, factor, -lse2[:, None]))
+            p = tl.exp2(multiply_add(s, factor, -lse2[:, None], PRECISION))
             if DROPOUT:
                 keep = dropout_keep(
                     seed, rows // PACK, head + rows % PACK, batch, n0, dropout_threshold,
@@ -320,7 +321,7 @@ def _attention_backward_dkv_kernel(
                     s, rows[None, :], row_lo[:, None], row_hi[:, None], m0, mid_begin, mid_end,
                     phase, LOOP,
                 )  # fmt: skip
-                p = tl.exp2(tl.fma(s, factor, -lse2[None, :]))
+                p = tl.exp2(multiply_add(s, factor, -lse2[None, :], PRECISION))
                 dp = dot(v, tl.trans(do), None, PRECISION)
                 weights = p
                 if DROPOUT:

@@ -19,7 +19,7 @@ from hierkernels.ops.attention.triton_scores import (
 )
 from hierkernels.triton_common.key_range import bound, key_spans
 from hierkernels.triton_common.philox import dropout_keep
-from hierkernels.triton_common.tiles import dot, load_rows
+from hierkernels.triton_common.tiles import dot, load_rows, multiply_add
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "bias_batches", "bias_heads", "slices"])
@@ -134,7 +134,8 @@ def _attention_backward_dbias_kernel(
             n_queries, n_keys, 1, BIAS, MASK, PADDING, SOFTCAP, FUSED,
         )  # fmt: skip
         s = tl.where(inside, s, float("-inf"))
-        p = tl.exp2(tl.fma(s, score_factor(mods, FUSED), -lse2[:, None]))
+        factor = score_factor(mods, FUSED)
+        p = tl.exp2(multiply_add(s, factor, -lse2[:, None], PRECISION))
         dp = dot(do, tl.trans(v), None, PRECISION)
         if DROPOUT:
             keep = dropout_keep(

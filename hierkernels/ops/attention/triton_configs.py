@@ -43,6 +43,9 @@ _HALF = {
     ("sm_80", "dkv", 64): Config(64, 128, 8, 2, "always"),
     ("sm_80", "dkv", 128): Config(64, 64, 8, 2, "always"),
     ("sm_80", "dkv", 256): Config(32, 64, 8, 2, "split"),
+    ("sm_80", "dbias", 64): Config(64, 32, 4, 1, "always"),
+    ("sm_80", "dbias", 128): Config(64, 32, 8, 1, "always"),
+    ("sm_80", "dbias", 256): Config(32, 32, 8, 2, "always"),
     ("sm_86", "forward", 64): Config(64, 64, 4, 3, "always"),
     ("sm_86", "forward", 128): Config(64, 64, 4, 2, "always"),
     ("sm_86", "forward", 256): Config(64, 32, 8, 2, "always"),
@@ -52,6 +55,9 @@ _HALF = {
     ("sm_86", "dkv", 64): Config(64, 64, 4, 2, "always"),
     ("sm_86", "dkv", 128): Config(64, 64, 8, 2, "always"),
     ("sm_86", "dkv", 256): Config(32, 32, 8, 1, "always"),
+    ("sm_86", "dbias", 64): Config(64, 32, 4, 1, "always"),
+    ("sm_86", "dbias", 128): Config(64, 32, 8, 1, "always"),
+    ("sm_86", "dbias", 256): Config(16, 32, 8, 2, "always"),
     ("sm_90", "forward", 64): Config(128, 128, 8, 3, "branch"),
     ("sm_90", "forward", 128): Config(128, 64, 8, 3, "branch"),
     ("sm_90", "forward", 256): Config(128, 64, 8, 2, "branch"),
@@ -61,6 +67,9 @@ _HALF = {
     ("sm_90", "dkv", 64): Config(64, 128, 8, 2, "branch"),
     ("sm_90", "dkv", 128): Config(32, 128, 8, 2, "branch"),
     ("sm_90", "dkv", 256): Config(16, 64, 8, 2, "always"),
+    ("sm_90", "dbias", 64): Config(128, 32, 8, 1, "always"),
+    ("sm_90", "dbias", 128): Config(128, 32, 8, 1, "always"),
+    ("sm_90", "dbias", 256): Config(64, 32, 8, 1, "always"),
     ("sm_100", "forward", 64): Config(128, 128, 8, 3, "branch"),
     ("sm_100", "forward", 128): Config(128, 64, 8, 3, "branch"),
     ("sm_100", "forward", 256): Config(128, 32, 8, 2, "branch"),
@@ -70,7 +79,23 @@ _HALF = {
     ("sm_100", "dkv", 64): Config(64, 128, 8, 2, "branch"),
     ("sm_100", "dkv", 128): Config(64, 128, 8, 2, "branch"),
     ("sm_100", "dkv", 256): Config(32, 64, 8, 2, "branch"),
+    ("sm_100", "dbias", 64): Config(128, 32, 8, 1, "always"),
+    ("sm_100", "dbias", 128): Config(128, 32, 8, 1, "always"),
+    ("sm_100", "dbias", 256): Config(64, 32, 8, 1, "always"),
 }
+
+# What the base table cannot serve without spilling: (device, kernel, channels up to, demand).
+# Demands, in the order in which they are looked up: "pairs" (a full bias or mask, or dropout, holds
+# one more tile of scores), "padded" (channels are not a power of two), "packed" (several heads in a
+# tile), "grouped" (several heads, one after the other).
+_SPECIAL = {
+    ("sm_80", "forward", 128, "packed"): Config(128, 64, 8, 2, "always"),
+    ("sm_80", "dq", 128, "pairs"): Config(64, 32, 8, 2, "split"),
+    ("sm_80", "dkv", 64, "pairs"): Config(64, 32, 4, 2, "always"),
+    ("sm_80", "dkv", 128, "padded"): Config(64, 64, 8, 1, "always"),
+    ("sm_100", "dkv", 128, "grouped"): Config(64, 128, 8, 1, "branch"),
+}
+DEMANDS = ("pairs", "padded", "packed", "grouped")
 
 # float32 products run on the ordinary units: smaller tiles, no use for more stages.
 _SINGLE = {
@@ -83,6 +108,9 @@ _SINGLE = {
     ("dkv", 64): Config(32, 32, 8, 1, "always"),
     ("dkv", 128): Config(32, 32, 8, 1, "always"),
     ("dkv", 256): Config(16, 16, 8, 1, "always"),
+    ("dbias", 64): Config(32, 32, 8, 1, "always"),
+    ("dbias", 128): Config(32, 32, 8, 1, "always"),
+    ("dbias", 256): Config(16, 16, 8, 1, "always"),
 }
 
 # The interpreter runs one program at a time on a CPU: small tiles, so that small tests have edges.
@@ -96,7 +124,6 @@ INTERPRETER = {
 # The short-sequence kernels hold whole sequences of at most this many rows and keys in one tile.
 SHORT_ROWS = 64
 SHORT_CHANNELS = 128
-SHORT = Config(SHORT_ROWS, SHORT_ROWS, 4, 1, "always")
 
 
 def device_family(capability: tuple[int, int] | None) -> str:
@@ -111,29 +138,40 @@ def device_family(capability: tuple[int, int] | None) -> str:
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 
+def short_configuration(channels: int) -> Config:
+    """The configuration of the short-sequence kernels."""
+    return Config(SHORT_ROWS, SHORT_ROWS, 4 if channels <= 64 else 8, 1, "always")
+
+
 def configuration(
-    family: str, kernel: str, channels: int, element_size: int, n_rows: int, has_pairs: bool
+    family: str,
+    kernel: str,
+    channels: int,
+    element_size: int,
+    n_rows: int,
+    demands: frozenset[str] = frozenset(),
 ) -> Config:
     """The configuration of "forward", "dq", "dkv" or "dbias".
 
-    channels: the larger head dimension; n_rows: rows of one slot; has_pairs: a full bias or
-    mask, or dropout, holds one more tile in registers.
+    channels: the larger head dimension; n_rows: rows of one slot; demands: some of DEMANDS. The
+    BLOCK_M of dkv and dbias divides that of dq, whose row statistics they read without a mask.
     """
     if family == "interpreter":
         return INTERPRETER[kernel]
     bucket = 64 if channels <= 64 else 128 if channels <= 128 else 256
-    if kernel == "dbias":
-        base = configuration(family, "dq", channels, element_size, n_rows, has_pairs)
-        return replace(base, block_n=min(base.block_n, 64), num_stages=1, loop="always")
     if element_size == 4:
         config = _SINGLE[kernel, bucket]
     else:
-        config = _HALF[family, kernel, bucket]
-        if has_pairs:
+        keys = [(family, kernel, bucket, name) for name in DEMANDS if name in demands]
+        special = next((_SPECIAL[key] for key in keys if key in _SPECIAL), None)
+        config = special or _HALF[family, kernel, bucket]
+        if special is None and "pairs" in demands and kernel != "dbias":
             config = _with_pairs(config, family)
     rows = max(16, 1 << (n_rows - 1).bit_length())
     if rows < config.block_m:
-        config = replace(config, block_m=rows, num_warps=4)
+        # Rows are what the warps of dkv do not divide: its tile of keys stays as large.
+        warps = config.num_warps if kernel == "dkv" else 4
+        config = replace(config, block_m=rows, num_warps=warps)
     return config
 
 

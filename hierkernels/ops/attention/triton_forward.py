@@ -15,10 +15,11 @@ from hierkernels.ops.attention.triton_scores import (
 from hierkernels.triton_common.key_range import bound, key_spans, phase_span, phase_tile, within
 from hierkernels.triton_common.philox import dropout_keep
 from hierkernels.triton_common.tiles import (
-    LN2,
     LOWEST,
     dot,
     load_rows,
+    multiply_add,
+    natural_lse,
     rounded,
     row_offsets,
     store_rows,
@@ -122,7 +123,7 @@ def _attention_forward_kernel(
                 s, keys[None, :], lo[:, None], hi[:, None], n0, mid_begin, mid_end, phase, LOOP
             )
             new_top = tl.maximum(top, tl.max(s, 1) * factor)
-            p = tl.exp2(tl.fma(s, factor, -new_top[:, None]))
+            p = tl.exp2(multiply_add(s, factor, -new_top[:, None], PRECISION))
             shrink = tl.exp2(top - new_top)
             total = total * shrink + tl.sum(p, 1)
             acc = acc * shrink[:, None]
@@ -138,10 +139,9 @@ def _attention_forward_kernel(
             )  # [BLOCK_N, BLOCK_DV]
             acc = dot(rounded(p, v.dtype, PRECISION), v, acc, PRECISION)
 
-    empty = total == 0.0
-    safe = tl.where(empty, 1.0, total)
+    safe = tl.where(total == 0.0, 1.0, total)
     out = acc * (dropout_scale / safe)[:, None]
     store_rows(out_ptr, rows, n_rows, stride_out, out, PACK, DV, BLOCK_DV, PRECISION)
-    lse = tl.where(empty, float("-inf"), (top + tl.log2(safe)) * LN2)
+    lse = natural_lse(top, total, PRECISION)
     lse_ptr += (b * n_heads + h) * n_queries
     tl.store(lse_ptr + row_offsets(rows, (0, n_queries, 1), PACK), lse, mask=rows < n_rows)

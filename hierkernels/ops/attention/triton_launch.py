@@ -118,13 +118,20 @@ def _long_kernels(call: AttentionCall, target: Target, pack: int) -> dict[str, A
 
 def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) -> configs.Config:
     pairs = (_pair_form(call.bias, pack), _pair_form(call.mask, pack))
+    channels = max(call.q.shape[-1], call.v.shape[-1])
+    demands = {
+        "pairs": "full" in pairs or call.seed is not None,
+        "padded": channels != _padded(channels),
+        "packed": pack > 1,
+        "grouped": call.group > pack,
+    }
     return configs.configuration(
         target.family,
         kernel,
-        channels=max(call.q.shape[-1], call.v.shape[-1]),
+        channels=channels,
         element_size=call.q.element_size(),
         n_rows=call.q.shape[2] * pack,
-        has_pairs="full" in pairs or call.seed is not None,
+        demands=frozenset(name for name, holds in demands.items() if holds),
     )
 
 
@@ -157,7 +164,7 @@ def _short_launch(kernel: Any, call: AttentionCall, target: Target, **own: Any) 
     return Launch(kernel, triton.cdiv(B * Hkv, units), {
         **_every_kernel(call, target), **own, "score_scale": call.scale * LOG2E.value,
         "n_units": B * Hkv, "n_kv_heads": Hkv, "units_per_tile": units,
-        **_tiles(configs.SHORT),
+        **_tiles(configs.short_configuration(max(call.q.shape[-1], call.v.shape[-1]))),
     })  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from hierkernels.triton_common.key_range import bound
-from hierkernels.triton_common.tiles import LN2, LOWEST, dot, rounded
+from hierkernels.triton_common.tiles import LOWEST, dot, natural_lse, rounded
 
 UNSPECIALIZED = [
     "n_units", "n_kv_heads", "n_queries", "n_keys", "units_per_tile",
@@ -121,8 +121,7 @@ def _attention_short_forward_kernel(
         rounded(out, out_ptr.dtype.element_ty, PRECISION),
         mask=row_valid[:, None] & dv_valid,
     )
-    lse = (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN2
-    lse = tl.where(total == 0.0, float("-inf"), lse)
+    lse = natural_lse(top, total, PRECISION)
     lse_at = (batch.to(tl.int64) * (n_kv_heads * GROUP) + head) * n_queries + token
     tl.store(lse_ptr + lse_at, lse, mask=row_valid)
 
