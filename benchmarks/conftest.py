@@ -81,11 +81,17 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
 def measurements(request: pytest.FixtureRequest, say: Callable[[str], None]) -> Measurements:
     config = request.config
     device = config.getoption("device")
+    total = len({params["group"] for params in _parameters(request) if "group" in params})
     say("roof: measuring a large matrix product and a large copy")
     roof = config.stash[_roof] = measure_roof(device, SPEED_DTYPES)
     rates = ", ".join(f"{name} {rate * 1e-9:.0f} GFLOP/s" for name, rate in roof.flops.items())
     say(f"roof: {rates}, copy {roof.copy * 1e-9:.1f} GB/s")
-    return Measurements(device, roof, config.getoption("seconds"), say)
+    return Measurements(device, roof, config.getoption("seconds"), say, total)
+
+
+def _parameters(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Those of every selected test."""
+    return [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
 
 
 @pytest.fixture
@@ -95,10 +101,7 @@ def measured(
     """The result of one row; its whole group, as far as it was selected, is measured with it."""
 
     def result(group: Group, row: str) -> RowResult:
-        selected = [
-            item.callspec.params for item in request.session.items if hasattr(item, "callspec")
-        ]
-        rows = [params["row"] for params in selected if params.get("group") == group]
+        rows = [p["row"] for p in _parameters(request) if p.get("group") == group]
         return measurements.group(group, rows)[row]
 
     return result

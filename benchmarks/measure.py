@@ -102,9 +102,10 @@ class Measurements:
     """Measures groups on first use and keeps the results; keeps one problem at a time."""
 
     def __init__(
-        self, device: str, roof: Roof, budget_s: float, say: Callable[[str], None]
+        self, device: str, roof: Roof, budget_s: float, say: Callable[[str], None], total: int
     ) -> None:
-        self.device, self.roof, self.budget_s, self.say = device, roof, budget_s, say
+        self.device, self.roof, self.budget_s = device, roof, budget_s
+        self.say, self.total = say, total  # total: groups to come, for the progress line
         self.clock = clock.make_clock(device)
         self.results: dict[Group, dict[str, RowResult]] = {}
         self._problem: tuple[tuple[Case, torch.dtype], Problem] | None = None
@@ -196,7 +197,7 @@ class Measurements:
                 parts.append(f"{row} {median(result.samples) * 1e3:.3g} ms")
             else:
                 parts.append(f"{row} {'FAILED' if result.failed else 'skipped'}")
-        return f"{group}: {', '.join(parts)}"
+        return f"[{len(self.results)}/{self.total}] {group}: {', '.join(parts)}"
 
 
 def median(samples: Sequence[float]) -> float:

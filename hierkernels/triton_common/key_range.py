@@ -68,9 +68,7 @@ def query_spans(first, last, lo, hi, n_queries, PACK: tl.constexpr, TILE: tl.con
 
 
 @triton.jit
-def phase_span(
-    begin, mid_begin, mid_end, end, PHASE: tl.constexpr, LOOP: tl.constexpr
-):
+def phase_span(begin, mid_begin, mid_end, end, PHASE: tl.constexpr, LOOP: tl.constexpr):
     """(start, stop) of the loop counter in a phase; there are loop_phases(LOOP) of them."""
     if LOOP != "split":
         return begin, end
@@ -90,9 +88,7 @@ def phase_tile(at, mid_begin, mid_end, PHASE: tl.constexpr, LOOP: tl.constexpr):
 
 
 @triton.jit
-def within(
-    scores, x, lo, hi, tile, mid_begin, mid_end, PHASE: tl.constexpr, LOOP: tl.constexpr
-):
+def within(scores, x, lo, hi, tile, mid_begin, mid_end, PHASE: tl.constexpr, LOOP: tl.constexpr):
     """scores, -inf where lo <= x < hi fails; x, lo, hi broadcast. Skipped in the middle tiles."""
     if LOOP == "branch":
         if (tile < mid_begin) | (tile >= mid_end):
@@ -106,7 +102,7 @@ def within(
 
 
 def fit_int32(stairs: Staircase, n_queries: int, n_keys: int) -> Staircase | None:
-    """The same bound over these lengths with no intermediate beyond 32 bits; None if there is none."""
+    """The same bound over these lengths, all in 32 bits; None if there is no such form."""
     stairs = stairs.canonical()
     if n_queries + 2 * stairs.step >= _LIMIT:
         if n_queries + stairs.shift > stairs.step:

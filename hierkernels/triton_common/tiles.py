@@ -90,7 +90,7 @@ def multiply_add(x, y, z, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b, or a @ b for acc None. "emulated": the interpreter would multiply bfloat16 bits."""
+    """acc + a @ b; acc may be None. The interpreter ("emulated") would multiply bfloat16 bits."""
     if PRECISION == "emulated":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:

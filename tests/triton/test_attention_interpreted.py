@@ -107,7 +107,7 @@ MODIFIERS = (
     (_case("scale-zero", is_causal=True, scale=0.0), F32),
     (
         _case(
-            "everything", 2, 4, 37, 24, Hkv=2, Nk=50, Dv=40, window=(30, 5), bias="hqk",
+            "everything", 2, 2, 20, 24, Hkv=1, Nk=50, Dv=40, window=(30, 5), bias="hqk",
             mask="bqk", padding="right", dropout_p=0.1, softcap=8.0, lse_grad=True, layout="bnhd",
         ),
         F32,

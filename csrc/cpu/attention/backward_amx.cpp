@@ -182,10 +182,10 @@ struct Task {
       pack_rows(q, n, f.D, f.steps, m.q_n + r * f.steps * 32);
       pack_rows(g, n, f.Dv, f.v_steps, m.g_n + r * f.v_steps * 32);
     }
+    f.p.range.lo.fill(row0, count, f.G, f.Nk, m.lo);
+    f.p.range.hi.fill(row0, count, f.G, f.Nk, m.hi);
     for (int r = 0; r < count; ++r) {
       const int64_t i = query(row0 + r), line = (b * f.p.heads() + head(row0 + r)) * f.Nq + i;
-      m.lo[r] = static_cast<int32_t>(f.p.range.lo.at(i, f.Nk));
-      m.hi[r] = static_cast<int32_t>(f.p.range.hi.at(i, f.Nk));
       const float lse = f.p.lse.as<float>()[line];
       const bool empty = lse == -INFINITY;
       m.lse[r] = empty ? kNever : lse * kLog2ef;

@@ -236,6 +236,8 @@ struct Task {
   void load_rows() {
     const int padded = (count + 15) & ~15;
     const Tensor &q = f.p.q, &out = f.p.out;
+    f.p.range.lo.fill(row0, count, f.G, f.Nk, m.lo);
+    f.p.range.hi.fill(row0, count, f.G, f.Nk, m.hi);
     const int64_t next_q = f.share ? 0 : f.to_next(q, b, h, f.G);
     for (int r = 0; r < count; ++r) {
       const int64_t i = query(r), hq = head(r);
@@ -245,8 +247,6 @@ struct Task {
         prefetch_row(row + next_q, f.steps);
         if (!f.stream) prefetch_row_to_write(out.as<bf16>() + b * out.stride[0] + hq * out.stride[1] + i * out.stride[2], f.v_steps);
       }
-      m.lo[r] = static_cast<int32_t>(f.p.range.lo.at(i, f.Nk));
-      m.hi[r] = static_cast<int32_t>(f.p.range.hi.at(i, f.Nk));
     }
     for (int r = count; r < padded; ++r) zero_row(f.steps, m.q + r * f.steps * 32);
   }

@@ -129,7 +129,9 @@ def _spill_limit(case: Case) -> float:
 
 
 def _make_call(case: Case) -> AttentionCall:
-    def empty(*shape: int, dtype: torch.dtype = getattr(torch, case.dtype)) -> torch.Tensor:
+    elements: torch.dtype = getattr(torch, case.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = elements) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     B, H, N, D = 2, case.heads, case.queries, case.channels
@@ -154,14 +156,12 @@ def _make_call(case: Case) -> AttentionCall:
 
 
 def plan(case: Case, arch: int) -> list[Launch]:
-    """The launches of a case, forward and backward, with the gradients of bias and (if named) lse."""
+    """The launches of a case: forward, then backward with the gradient of a bias."""
     call = _make_call(case)
     target = Target(f"sm_{arch}", "ieee" if call.q.dtype == torch.float32 else "tf32")
     out, lse = call.new_outputs()
     dlse = lse if "lse" in case.options.split() else None
-    launches, _ = plan_backward(
-        call, target, out, lse, out, dlse, call.new_gradients(), call.bias
-    )
+    launches, _ = plan_backward(call, target, out, lse, out, dlse, call.new_gradients(), call.bias)
     return plan_forward(call, target, out, lse) + launches
 
 

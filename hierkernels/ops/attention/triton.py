@@ -24,6 +24,13 @@ def supports(call: AttentionCall) -> list[str]:
             f"q is on a {call.device_type} device, the triton backend needs a GPU "
             "(or TRITON_INTERPRET=1, set before Triton is imported)"
         )
+    if call.device_type == "cuda" and not INTERPRETED:
+        if torch.version.hip is not None:
+            reasons.append(
+                "the configurations are for NVIDIA devices, this PyTorch is for AMD ones"
+            )
+        elif torch.cuda.get_device_capability(call.q.device) < (8, 0):
+            reasons.append("the device has a compute capability below 8.0")
     if call.q.dtype not in _DTYPES:
         reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16")
     for name, t in (("q", call.q), ("v", call.v)):
@@ -68,9 +75,7 @@ def backward(
     if out.numel() == 0 or call.k.shape[2] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), None if bias is None else torch.zeros_like(bias)
     dlse = None if dlse is None else dlse.contiguous()
-    launches, partial = plan_backward(
-        call, _target(call), out, lse, dout, dlse, (dq, dk, dv), bias
-    )
+    launches, partial = plan_backward(call, _target(call), out, lse, dout, dlse, (dq, dk, dv), bias)
     for launch in launches:
         launch.run()
     if bias is None or partial is None:

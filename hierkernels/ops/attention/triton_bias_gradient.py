@@ -97,7 +97,7 @@ def _attention_backward_dbias_kernel(
     hi = bound(rows, hi_stairs, n_keys)[:, None]
     inside = (keys[None, :] >= lo) & (keys[None, :] < hi)  # [BLOCK_M, BLOCK_N]
     last = tl.minimum(m0 + BLOCK_M, n_queries) - 1
-    begin, mid_begin, mid_end, end = key_spans(m0, last, lo_stairs, hi_stairs, n_keys, BLOCK_N)
+    begin, _mid_begin, _mid_end, end = key_spans(m0, last, lo_stairs, hi_stairs, n_keys, BLOCK_N)
 
     shared_heads = n_heads // bias_heads
     n_pairs = n_batches // bias_batches * shared_heads
@@ -129,7 +129,7 @@ def _attention_backward_dbias_kernel(
         stats = (b * n_heads + h) * n_stats
         lse2 = tl.load(lse2_ptr + stats + rows)
         delta = tl.load(delta_ptr + stats + rows)
-        s, slope = modified(
+        s, _slope = modified(
             dot(q, tl.trans(k), None, PRECISION), mods, rows[:, None], keys[None, :],
             n_queries, n_keys, 1, BIAS, MASK, PADDING, SOFTCAP, FUSED,
         )  # fmt: skip

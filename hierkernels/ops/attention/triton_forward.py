@@ -25,6 +25,7 @@ from hierkernels.triton_common.tiles import (
     store_rows,
 )
 
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_forward_kernel(
     q_ptr,
@@ -81,7 +82,7 @@ def _attention_forward_kernel(
     lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
     hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
     n_rows = n_queries * PACK
-    m0, batch, head, slot = program_rows(n_rows, n_heads, BLOCK_M, PACK)
+    m0, batch, head, _slot = program_rows(n_rows, n_heads, BLOCK_M, PACK)
     b = batch.to(tl.int64)
     h = head.to(tl.int64)
     q_ptr += b * stride_q[0] + h * stride_q[1]
@@ -115,7 +116,7 @@ def _attention_forward_kernel(
                 k_ptr, keys, n_keys, stride_k, 1, D, BLOCK_D, LOOP != "split" or phase == 1
             )  # [BLOCK_N, BLOCK_D]
             dots = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
-            s, slope = modified(
+            s, _slope = modified(
                 dots, mods, rows[:, None], keys[None, :], n_rows, n_keys,
                 PACK, BIAS, MASK, PADDING, SOFTCAP, FUSED,
             )  # fmt: skip

@@ -17,7 +17,6 @@ import triton.language as tl
 
 from hierkernels.triton_common.tiles import LOG2E, tanh
 
-
 # Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
 UNSPECIALIZED = [
     "dropout_threshold", "n_heads", "n_queries", "n_keys", "n_stats",
