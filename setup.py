@@ -1,7 +1,7 @@
 """Builds hierkernels._native: C++ and CUDA compiled by ninja, bound by pybind11, without torch.
 
-Environment: HIERKERNELS_BUILD_CPU and HIERKERNELS_BUILD_CUDA = auto | 0 | 1 (1: fail if impossible),
-CXX, NVCC, TORCH_CUDA_ARCH_LIST (such as "8.0;9.0a"), MAX_JOBS.
+Environment: HIERKERNELS_BUILD_CPU and HIERKERNELS_BUILD_CUDA = auto | 0 | 1 (1: fail if
+impossible), CXX, NVCC, TORCH_CUDA_ARCH_LIST (such as "8.0;9.0a"), MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -72,12 +72,13 @@ def cuda_architectures() -> list[str]:
 
 
 def cuda_runtime(nvcc: str) -> Path | None:
-    """The folder of the static CUDA runtime that belongs to nvcc (which may be a wrapper script)."""
+    """The folder of the static CUDA runtime that belongs to nvcc, which may be a wrapper script."""
     run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
     tops = [line.split("=", 1)[1].strip() for line in run.stderr.splitlines() if "TOP=" in line]
     for top in [Path(t) for t in tops] + [Path(nvcc).resolve().parent.parent]:
-        for found in [*top.glob("lib*/libcudart_static.a"), *top.glob("targets/*/lib/libcudart_static.a")]:
-            return found.parent.resolve()
+        for place in ("lib*", "targets/*/lib"):
+            for found in top.glob(f"{place}/libcudart_static.a"):
+                return found.parent.resolve()
     return None
 
 
@@ -89,22 +90,27 @@ def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, ta
     import pybind11
 
     # The interpreter's and pybind11's headers are not ours to warn about.
-    includes = [f"-isystem {quote(p)}" for p in (sysconfig.get_paths()["include"], pybind11.get_include())]
+    includes = [
+        f"-isystem {quote(p)}" for p in (sysconfig.get_paths()["include"], pybind11.get_include())
+    ]
     defines = ["-DHIERKERNELS_X86"] if X86 else []
     if nvcc:
         defines.append("-DHIERKERNELS_CUDA")
     common = " ".join([*defines, *includes])
+    cxx_flags = " ".join(CXX_FLAGS)
+    compiled = "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
     lines = [
         "ninja_required_version = 1.5",
-        f"rule cxx\n  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} {common} $flags -c $in -o $out\n"
-        "  depfile = $out.d\n  deps = gcc\n  description = C++ $in",
-        f"rule link\n  command = {cxx} -shared -fopenmp $in -o $out $libs\n  description = link $out",
+        f"rule cxx\n  command = {cxx} -MMD -MF $out.d {cxx_flags} {common} $flags {compiled}"
+        "  description = C++ $in",
+        f"rule link\n  command = {cxx} -shared -fopenmp $in -o $out $libs\n"
+        "  description = link $out",
     ]
     if nvcc:
         nvcc_flags = " ".join([*NVCC_FLAGS, *cuda_architectures()])
         lines.append(
-            f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {nvcc_flags} {common} -c $in -o $out\n"
-            "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in"
+            f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {nvcc_flags} {common} {compiled}"
+            "  description = CUDA $in"
         )
     objects = []
     for source in sorted(CSRC.rglob("*.cpp")) + (sorted(CSRC.rglob("*.cu")) if nvcc else []):
@@ -137,7 +143,9 @@ class NinjaBuild(build_ext):
         runtime = cuda_runtime(nvcc) if nvcc else None
         if nvcc and runtime is None:
             if wanted("HIERKERNELS_BUILD_CUDA") == "1":
-                raise SystemExit(f"HIERKERNELS_BUILD_CUDA=1, but {nvcc} has no libcudart_static.a beside it")
+                raise SystemExit(
+                    f"HIERKERNELS_BUILD_CUDA=1, but {nvcc} has no libcudart_static.a beside it"
+                )
             print("hierkernels: nvcc has no static CUDA runtime: building without the CUDA kernels")
             nvcc = None
         build = Path(self.build_temp).resolve()

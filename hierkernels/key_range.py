@@ -124,7 +124,7 @@ class KeyRange(NamedTuple):
         j = torch.arange(n_keys, device=device)[None, :]
         return (j >= self.lo.at(i, n_keys)) & (j < self.hi.at(i, n_keys))
 
-    def count(self, n_queries: int, n_keys: int) -> int:
+    def count_visible(self, n_queries: int, n_keys: int) -> int:
         """How many (query, key) pairs are visible: what FLOP counts are made of."""
         i = torch.arange(n_queries)
         return int((self.hi.at(i, n_keys) - self.lo.at(i, n_keys)).clamp(min=0).sum())

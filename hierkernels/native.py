@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
+import importlib
+from typing import Any
 
 import torch  # first: the core then shares PyTorch's OpenMP runtime and thread pool
 
@@ -11,19 +12,19 @@ _error = "not loaded yet"
 
 
 @functools.cache
-def native() -> ModuleType | None:
+def native() -> Any:
     """The compiled module, or None (native_error() then says why)."""
     global _error
     try:
-        from hierkernels import _native
+        module = importlib.import_module("hierkernels._native")
     except ImportError as error:
         _error = f"{error}; build it with: python setup.py build_ext --inplace"
         return None
-    _native.set_dtypes(
+    module.set_dtypes(
         (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64)
     )
     _error = ""
-    return _native
+    return module
 
 
 def native_error() -> str:

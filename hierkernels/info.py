@@ -1,0 +1,100 @@
+"""What this installation can do: python -m hierkernels.info."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+
+from hierkernels import dispatch
+from hierkernels.native import native, native_error
+from hierkernels.ops.attention import explain
+from hierkernels.version import __version__
+
+Section = tuple[str, list[tuple[str, str]]]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> Section:
+    rows = [("hierkernels", __version__), ("python", platform.python_version())]
+    rows += [("torch", torch.__version__), ("triton", _version("triton"))]
+    return "versions", [*rows, ("system", f"{platform.system()} {platform.machine()}")]
+
+
+def _devices() -> Section:
+    rows = [("cpu", f"{_cpu_model()}, {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        rows.append(
+            (
+                f"cuda:{index}",
+                f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB",
+            )
+        )
+    if len(rows) == 1:
+        rows.append(("cuda", "no device"))
+    return "devices", rows
+
+
+def _core() -> Section:
+    core = native()
+    if core is None:
+        return "compiled core", [("missing", _without_paths(native_error()))]
+    cuda = "not built"
+    if core.cuda_version is not None:
+        cuda = f"built with CUDA {core.cuda_version}: {core.cuda_kernels}"
+    return "compiled core", [
+        ("cpu kernels", f"{core.cpu_isa()} in use; the machine has {', '.join(core.cpu_isas())}"),
+        ("cuda kernels", cuda),
+    ]
+
+
+def _without_paths(text: str) -> str:
+    return text.replace(f"{Path(__file__).resolve().parent}", "hierkernels")
+
+
+def _backends(device: str) -> Section:
+    """Each backend's state for a plain attention call on the device, and the automatic choice."""
+    example = torch.empty(1, 1, 1, 64, device=device)
+    with dispatch.use_backend(None):  # the machine's choice, not the environment's
+        choice = explain("attention", example, example, example)
+    rows = []
+    for backend in dispatch.BACKENDS:
+        reasons = choice.refusals.get(backend)
+        state = "; ".join(map(_without_paths, reasons)) if reasons else "ready"
+        rows.append((backend, state + (", used by default" if backend == choice.backend else "")))
+    return f"attention on {device}", rows
+
+
+def report() -> str:
+    """Versions, devices, the compiled core and the state of every backend, as aligned text."""
+    sections = [_versions(), _devices(), _core(), _backends("cpu")]
+    if torch.cuda.is_available():
+        sections.append(_backends("cuda"))
+    width = max(len(name) for _, rows in sections for name, _ in rows)
+    lines = []
+    for title, rows in sections:
+        lines += [title, *(f"  {name:<{width}}  {value}" for name, value in rows), ""]
+    return "\n".join(lines).rstrip()
+
+
+if __name__ == "__main__":
+    print(report())

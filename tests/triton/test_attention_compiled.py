@@ -1,0 +1,103 @@
+"""The attention kernels compiled ahead of time for GPUs that need not be there.
+
+The whole of the quick set is compiled once, in processes of its own (this one may interpret).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from hierkernels.ops.attention import triton_configs as configs
+from hierkernels.ops.attention.aot import ARCHITECTURES, CASES
+
+Reports = dict[tuple[int, str, int], list[dict]]  # by architecture, case and channels
+
+
+def _compile(folder: Path, *options: str) -> Reports:
+    path = folder / "reports.json"
+    command = [sys.executable, "-m", "hierkernels.ops.attention.aot", "--json", str(path), *options]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert path.exists(), done.stdout + done.stderr
+    reports: Reports = defaultdict(list)
+    for report in json.loads(path.read_text()):
+        reports[report["arch"], report["case"], report["channels"]].append(report)
+    return reports
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    return _compile(tmp_path_factory.mktemp("aot"))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    return _compile(tmp_path_factory.mktemp("aot"), "--full")
+
+
+def _parameters(quick: bool) -> list:
+    return [
+        pytest.param(
+            arch, case, id=f"attention-triton-{case.dtype}-sm_{arch}-{case.name}-d{case.channels}"
+        )
+        for arch in ARCHITECTURES
+        for case in CASES
+        if case.quick == quick
+    ]
+
+
+def _check(reports: list[dict]) -> None:
+    kernels = {report["kernel"] for report in reports}
+    assert kernels >= {"short_forward", "short_backward"} or kernels >= {
+        "forward", "backward_dq", "backward_dkv"
+    }  # fmt: skip
+    problems = [f"{r['kernel']} {r['tile']}: {r['problem']}" for r in reports if r["problem"]]
+    assert not problems
+
+
+@pytest.mark.parametrize(("arch", "case"), _parameters(quick=True))
+def test_compiles(arch: int, case, quick: Reports) -> None:
+    """No spills, shared memory within the limit, tensor cores used and not serialised."""
+    _check(quick[arch, case.name, case.channels])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "case"), _parameters(quick=False))
+def test_compiles_everything(arch: int, case, full: Reports) -> None:
+    _check(full[arch, case.name, case.channels])
+
+
+def test_row_statistics_cover_every_tile() -> None:
+    """dkv and dbias load row statistics without a mask: their BLOCK_M divides that of dq."""
+    subsets = [
+        frozenset(),
+        *(frozenset({name}) for name in configs.DEMANDS),
+        frozenset(configs.DEMANDS),
+    ]
+    for family in ("sm_80", "sm_86", "sm_90", "sm_100", "interpreter"):
+        for channels in (16, 64, 80, 128, 256):
+            for size in (2, 4):
+                for rows in (1, 17, 33, 64, 65, 5000):
+                    for demands in subsets:
+                        arguments = (channels, size, rows, demands)
+                        dq = configs.configuration(family, "dq", *arguments)
+                        for kernel in ("dkv", "dbias"):
+                            other = configs.configuration(family, kernel, *arguments)
+                            assert dq.block_m % other.block_m == 0, (family, kernel, arguments)
+
+
+def test_device_families() -> None:
+    """Unknown devices take a row that fits their shared memory."""
+    families = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86", (9, 0): "sm_90"}
+    families |= {(10, 0): "sm_100", (12, 0): "sm_86"}
+    for capability, family in families.items():
+        assert configs.device_family(capability) == family
