@@ -23,7 +23,9 @@ LIBRARY.define(
 
 
 def _call(args: tuple) -> AttentionCall:
-    return AttentionCall(*args[:7], KeyRange.from_ints(args[7]), *args[8:11])
+    q, k, v, bias, mask, padding, seed, ints, scale, softcap, dropout_p = args
+    key_range = KeyRange.from_ints(ints)
+    return AttentionCall(q, k, v, bias, mask, padding, seed, key_range, scale, softcap, dropout_p)
 
 
 def _unit_stride(t: torch.Tensor) -> torch.Tensor:
