@@ -9,7 +9,6 @@ SOURCES := $(shell find csrc -type f) setup.py
 
 bench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only
-	$(BIN)/python -m benchmarks.report
 
 # The change between a revision and the working tree: make bench-compare BASE=HEAD~1
 bench-compare: build

@@ -13,7 +13,7 @@ Run = Callable[[], object]
 
 MIN_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample
 MAX_ROUNDS = 30
-MIN_ROUNDS = 3
+MIN_ROUNDS, SLOW_ROUNDS = 5, 3
 SLOW_S = 0.5  # one such call is estimate enough
 TINY_GPU_S = 1e-4  # work below this is replayed as a CUDA graph, or launches are all one measures
 
@@ -92,17 +92,17 @@ def loops_for(seconds: float) -> int:
 def interleave(clock: Clock, runs: dict[str, Run], budget_s: float) -> dict[str, list[float]]:
     """Samples (seconds a call) of every run; a round takes one of each, in rotating order.
 
-    The rounds fill the budget. A run that alone would use it up takes part in MIN_ROUNDS of them.
+    Each run has an equal share of the budget, but at least MIN_ROUNDS samples (SLOW_ROUNDS if a
+    call is slow); a run with fewer samples than there are rounds has them spread evenly.
     """
     first = {name: quickest(clock, run) for name, run in runs.items()}
     loops = {name: loops_for(seconds) for name, seconds in first.items()}
-    cost = {name: seconds * loops[name] for name, seconds in first.items()}
-    share = budget_s / max(len(runs), 1)
-    slow = {name for name in runs if cost[name] * 2 * MIN_ROUNDS > share}
-    left = budget_s - sum(cost[name] * MIN_ROUNDS for name in slow)
-    each = sum(cost[name] for name in runs if name not in slow)
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / each))) if each else MIN_ROUNDS
-    slow_rounds = {round(n * (rounds - 1) / (MIN_ROUNDS - 1)) for n in range(MIN_ROUNDS)}
+    counts = {}
+    for name, seconds in first.items():
+        affordable = int(budget_s / len(runs) / (seconds * loops[name]))
+        least = SLOW_ROUNDS if seconds > SLOW_S else MIN_ROUNDS
+        counts[name] = max(least, min(MAX_ROUNDS, affordable))
+    rounds = max(counts.values(), default=0)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     collecting = gc.isenabled()
@@ -111,7 +111,8 @@ def interleave(clock: Clock, runs: dict[str, Run], budget_s: float) -> dict[str,
         for turn in range(rounds):
             start = turn % len(names)
             for name in names[start:] + names[:start]:
-                if name not in slow or turn in slow_rounds:
+                due = (turn + 1) * counts[name] // rounds
+                if due > len(samples[name]):
                     samples[name].append(clock.sample(runs[name], loops[name]))
     finally:
         if collecting:

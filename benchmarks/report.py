@@ -50,7 +50,7 @@ def _markdown(data: dict[str, Any], plots: list[str]) -> Iterator[str]:
     changes = " with uncommitted changes" if commit.get("dirty") else ""
     yield f"{info['device']}, {info['isa']}, {info['threads']} threads, {info['system']}."
     yield f"hierkernels {info['hierkernels']}, torch {info['torch']}, triton {info['triton']},"
-    yield f"Python {info['python']}. Commit {(commit.get('id') or 'unknown')[:12]}{changes}, "
+    yield f"Python {info['python']}. Commit {(commit.get('id') or 'unknown')[:12]}{changes},"
     yield f"{data['datetime'][:10]}."
     if roof := info.get("roof"):
         rates = ", ".join(
@@ -149,7 +149,8 @@ def plot_time(data: dict[str, Any]) -> Figure | None:
             lengths, times = zip(*sorted(rows[row]), strict=True)
             axis.plot(lengths, times, "o-", ms=3, color=COLOURS[row], label=NAMES[row])
         axis.set(xscale="log", yscale="log", xlabel="N", title=f"{dtype} {direction}")
-        axis.set_xticks(lengths, [str(n) for n in lengths])
+        every = sorted({n for points in rows.values() for n, _ in points})
+        axis.set_xticks(every, [str(n) for n in every])
         axis.minorticks_off()
     axes[0][0].set_ylabel("ms")
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -60,7 +60,8 @@ def _core() -> Section:
         return "compiled core", [("missing", _without_paths(native_error()))]
     cuda = "not built"
     if core.cuda_version is not None:
-        cuda = f"built with CUDA {core.cuda_version}: {core.cuda_kernels}"
+        major, minor = divmod(core.cuda_version // 10, 100)
+        cuda = f"built with CUDA {major}.{minor}: {core.cuda_kernels}"
     return "compiled core", [
         ("cpu kernels", f"{core.cpu_isa()} in use; the machine has {', '.join(core.cpu_isas())}"),
         ("cuda kernels", cuda),

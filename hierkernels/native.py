@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from typing import Any
 
 import torch  # first: the core then shares PyTorch's OpenMP runtime and thread pool
+
+CPU_ISAS = ("generic", "avx2", "avx512", "amx")  # each a superset of the one before
 
 _error = "not loaded yet"
 
 
 @functools.cache
 def native() -> Any:
-    """The compiled module, or None (native_error() then says why)."""
+    """The compiled module, or None (native_error() then says why).
+
+    Raises ValueError if HIERKERNELS_CPU_ISA names no instruction set; one that the machine lacks
+    caps nothing.
+    """
     global _error
+    cap = os.environ.get("HIERKERNELS_CPU_ISA")
+    if cap and cap not in CPU_ISAS:
+        raise ValueError(f"HIERKERNELS_CPU_ISA must be one of {', '.join(CPU_ISAS)}, got {cap!r}")
     try:
         module = importlib.import_module("hierkernels._native")
     except ImportError as error:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 FORMAT = 1
 _PREFIX = "checkpoint-"
-_TENSORS = "tensors.safetensors"
-_STATE = "state.json"
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
 
 
 class CheckpointError(ValueError):
@@ -40,10 +40,10 @@ def save(run_dir: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping
     partial = run_dir / f".partial-{target.name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / _TENSORS)
-    content = {"format": FORMAT, "step": step, "sha256": _hash(partial / _TENSORS), **state}
-    (partial / _STATE).write_text(json.dumps(content, indent=1) + "\n")
-    for file in (partial / _TENSORS, partial / _STATE):
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / TENSORS)
+    content = {"format": FORMAT, "step": step, "sha256": _hash(partial / TENSORS), **state}
+    (partial / STATE).write_text(json.dumps(content, indent=1) + "\n")
+    for file in (partial / TENSORS, partial / STATE):
         with file.open("rb") as stream:  # on the disk before the name is: a crash may follow
             os.fsync(stream.fileno())
     partial.rename(target)
@@ -56,7 +56,7 @@ def save(run_dir: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping
 def find(path: str | os.PathLike[str]) -> Path:
     """The checkpoint folder that path is, or the newest one in it."""
     path = Path(path)
-    if (path / _STATE).exists() or path.name.startswith(_PREFIX):
+    if (path / STATE).exists() or path.name.startswith(_PREFIX):
         return path
     found = _list(path)
     if not found:
@@ -77,7 +77,7 @@ def remove_all(run_dir: Path) -> None:
 
 def load_state(checkpoint: Path, *, model: str | None = None) -> dict[str, Any]:
     """The JSON part, checked: that it is one of ours, and of this model if one is named."""
-    file = checkpoint / _STATE
+    file = checkpoint / STATE
     try:
         state = json.loads(file.read_text())
     except FileNotFoundError:
@@ -102,12 +102,12 @@ def load_state(checkpoint: Path, *, model: str | None = None) -> dict[str, Any]:
 
 def load_tensors(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors, after their hash has been compared with the one in the JSON part."""
-    file = checkpoint / _TENSORS
+    file = checkpoint / TENSORS
     if not file.exists():
         raise CheckpointError(f"checkpoint file {file} does not exist")
     if _hash(file) != state["sha256"]:
         raise CheckpointError(
-            f"checkpoint file {file} is damaged or cut short: its hash is not the one in {_STATE}"
+            f"checkpoint file {file} is damaged or cut short: its hash is not the one in {STATE}"
         )
     try:
         return load_file(file)
@@ -124,12 +124,12 @@ def load_model(module: torch.nn.Module, tensors: Mapping[str, Tensor], checkpoin
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise CheckpointError(
-            f"checkpoint file {checkpoint / _TENSORS} does not fit the model: {error}"
+            f"checkpoint file {checkpoint / TENSORS} does not fit the model: {error}"
         ) from error
 
 
 def _list(run_dir: Path) -> list[Path]:
-    return sorted(path for path in run_dir.glob(f"{_PREFIX}*") if (path / _STATE).exists())
+    return sorted(path for path in run_dir.glob(f"{_PREFIX}*") if (path / STATE).exists())
 
 
 def _hash(file: Path) -> str:

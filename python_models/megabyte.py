@@ -14,7 +14,7 @@ N positions of a stage, C its channels, H heads, D head channels, V tokens of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from math import prod
 
 import torch
@@ -299,7 +299,7 @@ class MEGABYTE(nn.Module):
         default_batch_size: int = 1,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """Yields one new token ``(B,)`` at a time, as soon as it is drawn.
 
         Arguments and errors as in :meth:`generate`. The model is in evaluation mode from the first
@@ -334,7 +334,7 @@ class MEGABYTE(nn.Module):
     @torch.no_grad()
     def _draw(
         self, sequence: Tensor, total: int, choose: Callable[[Tensor], Tensor], use_cache: bool
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         was_training = self.training
         self.eval()
         try:
@@ -461,9 +461,9 @@ class MEGABYTE(nn.Module):
 
 
 def _check_integers(name: str, values: object, *, minimum: int) -> None:
-    if not isinstance(values, tuple) or not all(type(value) is int for value in values):
-        raise TypeError(
-            f"{name} must be made of integers (tuples where it has several), got {values!r}"
-        )
+    if not isinstance(values, tuple):
+        raise TypeError(f"{name} must be a tuple of integers, got {values!r}")
+    if not all(type(value) is int for value in values):
+        raise TypeError(f"{name} must be made of integers, got {values}")
     if any(value < minimum for value in values):
         raise ValueError(f"{name} must be at least {minimum} everywhere, got {values}")

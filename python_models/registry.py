@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -31,7 +31,7 @@ class ByteModel:
     options: Mapping[str, Any]
     window: Callable[[Mapping[str, Any]], int]
     loss: Callable[[nn.Module, Tensor], Tensor]
-    generate: Callable[..., Iterator[Tensor]]
+    generate: Callable[..., Generator[Tensor, None, None]]
 
     def make(self, options: Mapping[str, Any]) -> nn.Module:
         """The module for options that may come from JSON, where tuples have become lists."""
@@ -70,7 +70,9 @@ def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _generate_megabyte(model: MEGABYTE, prime: Tensor, **settings: Any) -> Iterator[Tensor]:
+def _generate_megabyte(
+    model: MEGABYTE, prime: Tensor, **settings: Any
+) -> Generator[Tensor, None, None]:
     return model.generate_tokens(prime, **settings)
 
 

@@ -53,11 +53,17 @@ def sample(arguments: argparse.Namespace) -> None:
     state = checkpoint.load_state(folder)
     if state["model"] not in MODELS:
         raise checkpoint.CheckpointError(
-            f"checkpoint {folder} is of the unknown model {state['model']!r}; there are "
-            f"{', '.join(MODELS)}"
+            f"checkpoint file {folder / checkpoint.STATE} is of the unknown model "
+            f"{state['model']!r}; there are {', '.join(MODELS)}"
         )
     entry = MODELS[state["model"]]
-    module = entry.make(state["options"])
+    try:
+        module = entry.make(state["options"])
+    except (TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"checkpoint file {folder / checkpoint.STATE} has options that make no "
+            f"{state['model']}: {error}"
+        ) from error
     checkpoint.load_model(module, checkpoint.load_tensors(folder, state), folder)
     module.to(arguments.device).eval()
     generator = torch.Generator(arguments.device)

@@ -12,6 +12,7 @@ import triton.language as tl
 from hierkernels.key_range import KeyRange, Staircase
 
 _LIMIT = 2**31
+_LONG_STEP = 2**29
 
 
 @triton.jit
@@ -105,9 +106,12 @@ def fit_int32(stairs: Staircase, n_queries: int, n_keys: int) -> Staircase | Non
     """The same bound over these lengths, all in 32 bits; None if there is no such form."""
     stairs = stairs.canonical()
     if n_queries + 2 * stairs.step >= _LIMIT:
-        if n_queries + stairs.shift > stairs.step:
+        if n_queries > _LONG_STEP:
             return None
-        stairs = Staircase(offset=stairs.offset, floor=stairs.floor)  # the only step is not reached
+        # At most one step is within reach, that before query `until`; a shorter one does as well.
+        until = stairs.step - stairs.shift
+        shift = _LONG_STEP - until if until < n_queries else 0
+        stairs = stairs._replace(shift=shift, step=_LONG_STEP)
     climb = (max(n_queries - 1, 0) + stairs.shift) // stairs.step * stairs.rise
     floor = min(stairs.floor, n_keys)
     if climb == 0 or stairs.offset >= n_keys:

@@ -24,8 +24,8 @@ def dropout_keep(
 ):
     """True where a probability survives, for the keys n0 ... n0 + BLOCK_N - 1.
 
-    n0 is a multiple of BLOCK_N; i (query): [BLOCK_M], h (head): the same or a scalar. The tile is [BLOCK_M, BLOCK_N], and
-    [BLOCK_N, BLOCK_M] with KEYS_FIRST.
+    n0 is a multiple of BLOCK_N; i (query): [BLOCK_M], h (head): the same or a scalar.
+    The tile is [BLOCK_M, BLOCK_N], and [BLOCK_N, BLOCK_M] with KEYS_FIRST.
     """
     # A tile of whole periods of 64 keys uses all four words of each counter, a smaller one picks
     # a word for each key.

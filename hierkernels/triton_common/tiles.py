@@ -98,10 +98,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def natural_lse(top, total, PRECISION: tl.constexpr):
-    """ln(2**top * total), rounded once however large top is; -inf where total is 0."""
+def natural_lse(top, total, NATURAL: tl.constexpr, PRECISION: tl.constexpr):
+    """ln(2**top * total) or, if NATURAL, ln(e**top * total); -inf where total is 0.
+
+    Rounded once, however large top is.
+    """
     rest = tl.log2(tl.where(total == 0.0, 1.0, total)) * LN2
-    lse = multiply_add(top, LN2, multiply_add(top, LN2_TAIL, rest, PRECISION), PRECISION)
+    if NATURAL:
+        lse = top + rest
+    else:
+        lse = multiply_add(top, LN2, multiply_add(top, LN2_TAIL, rest, PRECISION), PRECISION)
     return tl.where(total == 0.0, float("-inf"), lse)
 
 

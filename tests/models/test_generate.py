@@ -15,7 +15,13 @@ from python_models.megabyte_decoder import Decoder
 SMALL = {"num_tokens": 16, "dim_head": 8, "heads": 2}
 CASES = {
     "two": {**SMALL, "dim": (24, 16), "depth": (2, 2), "max_seq_len": (5, 4)},
-    "two-rotary": {**SMALL, "dim": (24, 16), "depth": (1, 2), "max_seq_len": (4, 5), "rel_pos": True},
+    "two-rotary": {
+        **SMALL,
+        "dim": (24, 16),
+        "depth": (1, 2),
+        "max_seq_len": (4, 5),
+        "rel_pos": True,
+    },
     "three-everything": {
         **SMALL,
         "dim": (32, 24, 17),  # odd: the token shift splits it unevenly

@@ -197,7 +197,7 @@ class Backward {
                               shape_.padded, w.q);
     const Operand dout = operand(dout_in_place_, dout_rows, dout_rows.uniform_stride(queries), first, tile.n,
                                  shape_.dim_v, shape_.padded_v, w.dout);
-    BiasGradient<F> bias;
+    TileBiasGradient<F> bias;
     if (p_.dbias) {
       const Tensor& g = p_.dbias;
       bias = {dbias + t.b * g.stride[0] + t.kv_head * group * g.stride[1], g.stride[1], g.stride[2], g.stride[3]};

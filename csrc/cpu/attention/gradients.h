@@ -9,9 +9,16 @@ namespace {
 
 // Where the gradient of the bias of a tile goes: dbias, or a copy of it that is added later.
 template <class F>
-struct BiasGradient {
+struct TileBiasGradient {
   F* data = nullptr;  // for the batch and the first head of the group; null: not wanted
   int64_t head_stride = 0, query_stride = 0, key_stride = 0;  // 0 or as in dbias; the last is 0 or 1
+
+  // Asks for the memory that add() changes.
+  void prefetch(const TileRows& tile, int r) const {
+    if (key_stride == 0) return;
+    const F* row = data + tile.head[r] * head_stride + tile.query[r] * query_stride + tile.key;
+    for (int j = tile.from[r]; j < tile.to[r]; j += 64 / static_cast<int>(sizeof(F))) __builtin_prefetch(row + j, 1);
+  }
 
   // Adds the dS of row r, keys [from, to).
   void add(const TileRows& tile, int r, int from, int to, const F* ds) const {
@@ -46,12 +53,13 @@ struct GradientRows {
 // where `readable` but not visible. kWhole: the tile holds all keys, so that neither lse nor out is needed.
 template <bool kWhole, class F>
 void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, const GradientRows<F>& rows,
-                   const BiasGradient<F>& dbias, F* scores, F* dp, int64_t stride) {
+                   const TileBiasGradient<F>& dbias, F* scores, F* dp, int64_t stride) {
   constexpr int W = kWidth<F>;
   const F hidden = -static_cast<F>(__builtin_inff());
   const bool capped = modifiers.capped(), plain = !dbias.data && !capped;
   prepare_scores(tile, modifiers, scores, stride, kWhole ? rows.largest : nullptr, capped ? rows.slope : nullptr);
   for (int r = 0; r < tile.n; ++r, scores += stride, dp += stride) {
+    if (dbias.data && r + kRowsAhead < tile.n) dbias.prefetch(tile, r + kRowsAhead);
     const Span readable = tile.readable(r, W);
     const int from = tile.from[r], to = tile.to[r];
     if (from >= to) {

@@ -14,6 +14,8 @@ from hierkernels.ops.attention import reference
 from hierkernels.ops.attention import schema as schema  # registers the operators
 from hierkernels.ops.attention.call import AttentionCall
 
+_NUMBERS = (int, float, numbers.Real, torch.SymInt, torch.SymFloat)
+_UNLIMITED = 2**62  # a window this wide has no end: beyond it, bounds would overflow 64 bits
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -82,7 +84,8 @@ def _check_window(window_size: Any) -> tuple[int | None, int | None]:
             raise ValueError(
                 f"window_size must not be negative (None = unlimited), got {window_size!r}"
             )
-    return window_size[0], window_size[1]
+    left, right = (None if side is None or side >= _UNLIMITED else side for side in window_size)
+    return left, right
 
 
 def _check_seed(seed: Any, q: torch.Tensor) -> torch.Tensor:
@@ -90,7 +93,10 @@ def _check_seed(seed: Any, q: torch.Tensor) -> torch.Tensor:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=q.device)
     if isinstance(seed, torch.Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != q.device:
-            raise ValueError("dropout_seed must be an int or one int64 element on the device of q")
+            raise ValueError(
+                f"dropout_seed must be an int or one int64 element on the device of q ({q.device}), "
+                f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            )
         return seed.reshape(())
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(
@@ -102,9 +108,7 @@ def _check_seed(seed: Any, q: torch.Tensor) -> torch.Tensor:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(
-        value, numbers.Real | torch.SymInt | torch.SymFloat
-    ):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
@@ -173,6 +177,8 @@ def make_call(
     _check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    if dropout_p or dropout_seed is not None:
+        dropout_seed = _check_seed(dropout_seed, q)
     if softcap is not None:
         _check_number("softcap", softcap)
         if not 0.0 < softcap < math.inf:
@@ -185,7 +191,7 @@ def make_call(
             raise ValueError(f"scale must be finite, got {scale}")
     return AttentionCall(
         _unit_stride(q), _unit_stride(k), _unit_stride(v), attn_bias, attn_mask, key_padding_mask,
-        _check_seed(dropout_seed, q) if dropout_p else None,
+        dropout_seed if dropout_p else None,
         key_range.canonical(), scale, softcap or 0.0, dropout_p,
     )  # fmt: skip
 

@@ -26,9 +26,7 @@ def supports(call: AttentionCall) -> list[str]:
         )
     if call.device_type == "cuda" and not INTERPRETED:
         if torch.version.hip is not None:
-            reasons.append(
-                "the configurations are for NVIDIA devices, this PyTorch is for AMD ones"
-            )
+            reasons.append("this PyTorch is for AMD devices, the configurations are not")
         elif torch.cuda.get_device_capability(call.q.device) < (8, 0):
             reasons.append("the device has a compute capability below 8.0")
     if call.q.dtype not in _DTYPES:

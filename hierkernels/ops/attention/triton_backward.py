@@ -1,7 +1,7 @@
 """The two backward kernels: dQ for each tile of query rows, then dK and dV for each tile of keys.
 
 dQ runs first and leaves the row statistics in the order and form that the others read:
-lse in base 2 (+inf for rows that see nothing, so that exp2(s - lse) is 0) and
+level = lse in the unit of the scores (+inf for rows that see nothing: exp(-inf) is 0) and
 delta = rowsum(out * dout) - dlse, both in packed-row order, n_stats numbers a slot
 (n_stats is a multiple of every BLOCK_M), so that they are loaded without a mask.
 
@@ -21,6 +21,7 @@ import triton.language as tl
 from hierkernels.ops.attention.triton_scores import (
     UNSPECIALIZED,
     modified,
+    powers,
     program_rows,
     score_factor,
     scores_at,
@@ -39,7 +40,6 @@ from hierkernels.triton_common.tiles import (
     LOG2E,
     dot,
     load_rows,
-    multiply_add,
     rounded,
     row_offsets,
     store_rows,
@@ -59,7 +59,7 @@ def _attention_backward_dq_kernel(
     dout_ptr,
     lse_ptr,
     dlse_ptr,
-    lse2_ptr,
+    level_ptr,
     delta_ptr,
     dq_ptr,
     dbias_ptr,
@@ -106,6 +106,7 @@ def _attention_backward_dq_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     FUSED: tl.constexpr,
+    NATURAL: tl.constexpr,
     DBIAS: tl.constexpr,
     DLSE: tl.constexpr,
     LOOP: tl.constexpr,
@@ -143,9 +144,9 @@ def _attention_backward_dq_kernel(
     if DLSE:
         dlse = tl.load(dlse_ptr + row_at, mask=rows < n_rows, other=0.0)
         delta -= tl.where(empty, 0.0, dlse)
-    lse2 = tl.where(empty, float("inf"), lse * LOG2E)
+    level = tl.where(empty, float("inf"), lse if NATURAL else lse * LOG2E)
     tl.store(delta_ptr + slot.to(tl.int64) * n_stats + rows, delta)
-    tl.store(lse2_ptr + slot.to(tl.int64) * n_stats + rows, lse2)
+    tl.store(level_ptr + slot.to(tl.int64) * n_stats + rows, level)
 
     lo = bound(rows // PACK, lo_stairs, n_keys)
     hi = bound(rows // PACK, hi_stairs, n_keys)
@@ -168,12 +169,12 @@ def _attention_backward_dq_kernel(
             dp = dot(do, tl.trans(v), None, PRECISION)
             s, slope = modified(
                 dots, mods, rows[:, None], keys[None, :], n_rows, n_keys,
-                PACK, BIAS, MASK, PADDING, SOFTCAP, FUSED,
+                PACK, BIAS, MASK, PADDING, SOFTCAP, FUSED, NATURAL,
             )  # fmt: skip
             s = within(
                 s, keys[None, :], lo[:, None], hi[:, None], n0, mid_begin, mid_end, phase, LOOP
             )
-            p = tl.exp2(multiply_add(s, factor, -lse2[:, None], PRECISION))
+            p = powers(s, level[:, None], factor, NATURAL, PRECISION)
             if DROPOUT:
                 keep = dropout_keep(
                     seed, rows // PACK, head + rows % PACK, batch, n0, dropout_threshold,
@@ -202,7 +203,7 @@ def _attention_backward_dkv_kernel(
     padding_ptr,
     seed_ptr,
     dout_ptr,
-    lse2_ptr,
+    level_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
@@ -249,6 +250,7 @@ def _attention_backward_dkv_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     FUSED: tl.constexpr,
+    NATURAL: tl.constexpr,
     DBIAS: tl.constexpr,
     LOOP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -310,18 +312,18 @@ def _attention_backward_dkv_kernel(
                     do_at, rows, n_rows, stride_dout, PACK, DV, BLOCK_DV,
                     LOOP != "split" or phase == 1,
                 )  # [BLOCK_M, BLOCK_DV]  # fmt: skip
-                lse2 = tl.load(lse2_ptr + stats + rows)
+                level = tl.load(level_ptr + stats + rows)
                 delta = tl.load(delta_ptr + stats + rows)
                 dots = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
                 s, slope = modified(
                     dots, mods, rows[None, :], keys[:, None], n_rows, n_keys,
-                    PACK, BIAS, MASK, PADDING, SOFTCAP, FUSED,
+                    PACK, BIAS, MASK, PADDING, SOFTCAP, FUSED, NATURAL,
                 )  # fmt: skip
                 s = within(
                     s, rows[None, :], row_lo[:, None], row_hi[:, None], m0, mid_begin, mid_end,
                     phase, LOOP,
                 )  # fmt: skip
-                p = tl.exp2(multiply_add(s, factor, -lse2[None, :], PRECISION))
+                p = powers(s, level[None, :], factor, NATURAL, PRECISION)
                 dp = dot(v, tl.trans(do), None, PRECISION)
                 weights = p
                 if DROPOUT:

@@ -14,12 +14,13 @@ import triton.language as tl
 from hierkernels.ops.attention.triton_scores import (
     UNSPECIALIZED,
     modified,
+    powers,
     score_factor,
     scores_at,
 )
 from hierkernels.triton_common.key_range import bound, key_spans
 from hierkernels.triton_common.philox import dropout_keep
-from hierkernels.triton_common.tiles import dot, load_rows, multiply_add
+from hierkernels.triton_common.tiles import dot, load_rows
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "bias_batches", "bias_heads", "slices"])
@@ -32,7 +33,7 @@ def _attention_backward_dbias_kernel(
     padding_ptr,
     seed_ptr,
     dout_ptr,
-    lse2_ptr,
+    level_ptr,
     delta_ptr,
     dbias_ptr,
     stride_q,
@@ -77,6 +78,7 @@ def _attention_backward_dbias_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     FUSED: tl.constexpr,
+    NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of dbias (slices, bias_batches, bias_heads, Nq, Nk), float32 and contiguous."""
@@ -127,15 +129,15 @@ def _attention_backward_dbias_kernel(
         do = load_rows(do_at, rows, n_queries, stride_dout, 1, DV, BLOCK_DV, True)
         v = load_rows(v_at, keys, n_keys, stride_v, 1, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
         stats = (b * n_heads + h) * n_stats
-        lse2 = tl.load(lse2_ptr + stats + rows)
+        level = tl.load(level_ptr + stats + rows)
         delta = tl.load(delta_ptr + stats + rows)
         s, _slope = modified(
             dot(q, tl.trans(k), None, PRECISION), mods, rows[:, None], keys[None, :],
-            n_queries, n_keys, 1, BIAS, MASK, PADDING, SOFTCAP, FUSED,
+            n_queries, n_keys, 1, BIAS, MASK, PADDING, SOFTCAP, FUSED, NATURAL,
         )  # fmt: skip
         s = tl.where(inside, s, float("-inf"))
         factor = score_factor(mods, FUSED)
-        p = tl.exp2(multiply_add(s, factor, -lse2[:, None], PRECISION))
+        p = powers(s, level[:, None], factor, NATURAL, PRECISION)
         dp = dot(do, tl.trans(v), None, PRECISION)
         if DROPOUT:
             keep = dropout_keep(

@@ -119,7 +119,7 @@ INTERPRETER = {
     "forward": Config(32, 16, 4, 1, "branch"),
     "dq": Config(32, 16, 4, 1, "split"),
     "dkv": Config(16, 32, 4, 1, "branch"),
-    "dbias": Config(16, 16, 4, 1, "always"),
+    "dbias": Config(32, 32, 4, 1, "always"),
 }
 
 # The short-sequence kernels hold whole sequences of at most this many rows and keys in one tile.

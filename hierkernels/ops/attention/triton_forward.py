@@ -8,6 +8,7 @@ import triton.language as tl
 from hierkernels.ops.attention.triton_scores import (
     UNSPECIALIZED,
     modified,
+    powers,
     program_rows,
     score_factor,
     scores_at,
@@ -18,7 +19,6 @@ from hierkernels.triton_common.tiles import (
     LOWEST,
     dot,
     load_rows,
-    multiply_add,
     natural_lse,
     rounded,
     row_offsets,
@@ -75,6 +75,7 @@ def _attention_forward_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     FUSED: tl.constexpr,
+    NATURAL: tl.constexpr,
     LOOP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -118,14 +119,14 @@ def _attention_forward_kernel(
             dots = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
             s, _slope = modified(
                 dots, mods, rows[:, None], keys[None, :], n_rows, n_keys,
-                PACK, BIAS, MASK, PADDING, SOFTCAP, FUSED,
+                PACK, BIAS, MASK, PADDING, SOFTCAP, FUSED, NATURAL,
             )  # fmt: skip
             s = within(
                 s, keys[None, :], lo[:, None], hi[:, None], n0, mid_begin, mid_end, phase, LOOP
             )
             new_top = tl.maximum(top, tl.max(s, 1) * factor)
-            p = tl.exp2(multiply_add(s, factor, -new_top[:, None], PRECISION))
-            shrink = tl.exp2(top - new_top)
+            p = powers(s, new_top[:, None], factor, NATURAL, PRECISION)
+            shrink = powers(top, new_top, 1.0, NATURAL, PRECISION)
             total = total * shrink + tl.sum(p, 1)
             acc = acc * shrink[:, None]
             top = new_top
@@ -143,6 +144,6 @@ def _attention_forward_kernel(
     safe = tl.where(total == 0.0, 1.0, total)
     out = acc * (dropout_scale / safe)[:, None]
     store_rows(out_ptr, rows, n_rows, stride_out, out, PACK, DV, BLOCK_DV, PRECISION)
-    lse = natural_lse(top, total, PRECISION)
+    lse = natural_lse(top, total, NATURAL, PRECISION)
     lse_ptr += (b * n_heads + h) * n_queries
     tl.store(lse_ptr + row_offsets(rows, (0, n_queries, 1), PACK), lse, mask=rows < n_rows)

@@ -98,21 +98,23 @@ def _every_kernel(call: AttentionCall, target: Target) -> dict[str, Any]:
 
 def _long_kernels(call: AttentionCall, target: Target, pack: int) -> dict[str, Any]:
     """The arguments that all but the short kernels take."""
+    natural = call.q.dtype == torch.float32
+    unit = 1.0 if natural else LOG2E.value
     return {
         **_every_kernel(call, target), "n_heads": call.q.shape[1],
         "bias_ptr": call.bias, "mask_ptr": _bytes(call.mask), "padding_ptr": _bytes(call.padding),
         "seed_ptr": call.seed, "stride_bias": _pair_strides(call.bias, call),
         "stride_mask": _pair_strides(call.mask, call),
         "stride_padding": (0, 0) if call.padding is None else call.padding.stride(),
-        "score_scale": call.scale / call.softcap if call.softcap else call.scale * LOG2E.value,
-        "softcap": call.softcap * LOG2E.value,
+        "score_scale": call.scale / call.softcap if call.softcap else call.scale * unit,
+        "softcap": call.softcap * unit, "NATURAL": natural,
         "dropout_threshold": min(int(call.dropout_p * 2**32), 0xFFFFFFFF),
         "dropout_scale": 1 / (1 - call.dropout_p),
         "BIAS": _pair_form(call.bias, pack), "MASK": _pair_form(call.mask, pack),
         "PADDING": call.padding is not None, "SOFTCAP": bool(call.softcap),
         "DROPOUT": call.seed is not None,
         # A positive scale alone commutes with the maximum and can wait for the exponent.
-        "FUSED": call.bias is None and not call.softcap and call.scale > 0,
+        "FUSED": not natural and call.bias is None and not call.softcap and call.scale > 0,
     }  # fmt: skip
 
 
@@ -258,10 +260,10 @@ def plan_backward(
     config_dkv = _configuration(call, target, "dkv", pack)
     tiles = triton.cdiv(Nq * pack, config_dq.block_m)
     n_stats = tiles * config_dq.block_m
-    lse2, delta = lse.new_empty(2, B * (H // pack), n_stats)
+    level, delta = lse.new_empty(2, B * (H // pack), n_stats)
     shared = {
         **_long_kernels(call, target, pack), **do,
-        "lse2_ptr": lse2, "delta_ptr": delta, "n_stats": n_stats,
+        "level_ptr": level, "delta_ptr": delta, "n_stats": n_stats,
     }  # fmt: skip
     partial, store, sums = None, None, None
     if form == "store":

@@ -1,7 +1,8 @@
 """What all attention kernels share: who owns which rows, and from products q . k to scores.
 
-Scores are kept in base 2 (multiplied by log2(e)), for exp2. Everything that modifies them
-travels as one tuple, `mods`:
+Scores are kept in base 2 (multiplied by log2(e)), for exp2, unless NATURAL: float32 keeps them as
+they are, at the cost of a multiplication each, because logits of some hundreds lose a digit on the
+way from lse to base 2 and back. Everything that modifies scores travels as one tuple, `mods`:
 
     (score_scale, softcap, bias_ptr, stride_bias, mask_ptr, stride_mask, padding_ptr,
      stride_padding)
@@ -15,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hierkernels.triton_common.tiles import LOG2E, tanh
+from hierkernels.triton_common.tiles import LOG2E, multiply_add, tanh
 
 # Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
 UNSPECIALIZED = [
@@ -84,6 +85,7 @@ def modified(
     PADDING: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FUSED: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
     """(scores, slope): scaled, capped and biased, -inf where masked, and d capped / d scaled.
 
@@ -101,7 +103,7 @@ def modified(
         scores = dots * score_scale
     if BIAS != "none":
         bias = _load_pairs(bias_ptr, stride_bias, rows, keys, n_rows, n_keys, PACK, BIAS)
-        scores += bias.to(tl.float32) * LOG2E
+        scores += bias.to(tl.float32) * (1.0 if NATURAL else LOG2E)
     if MASK != "none":
         may = _load_pairs(mask_ptr, stride_mask, rows, keys, n_rows, n_keys, PACK, MASK)
         scores = tl.where(may != 0, scores, float("-inf"))
@@ -118,3 +120,12 @@ def score_factor(mods, FUSED: tl.constexpr):
         return mods[0]
     else:
         return 1.0
+
+
+@triton.jit
+def powers(scores, level, factor, NATURAL: tl.constexpr, PRECISION: tl.constexpr):
+    """e**(score - level), or 2**(score * factor - level) unless NATURAL; shapes broadcast."""
+    if NATURAL:
+        return tl.exp2((scores - level) * LOG2E)
+    else:
+        return tl.exp2(multiply_add(scores, factor, -level, PRECISION))

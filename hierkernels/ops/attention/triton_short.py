@@ -121,7 +121,7 @@ def _attention_short_forward_kernel(
         rounded(out, out_ptr.dtype.element_ty, PRECISION),
         mask=row_valid[:, None] & dv_valid,
     )
-    lse = natural_lse(top, total, PRECISION)
+    lse = natural_lse(top, total, False, PRECISION)
     lse_at = (batch.to(tl.int64) * (n_kv_heads * GROUP) + head) * n_queries + token
     tl.store(lse_ptr + lse_at, lse, mask=row_valid)
 

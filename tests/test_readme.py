@@ -1,0 +1,31 @@
+"""Every Python snippet of the README runs, and computes what it says."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def test_python_snippets_run_and_agree():
+    torch.manual_seed(0)
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert snippets, "the README has no Python snippet"
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, str(README), "exec"), names)
+    out, expected = names["out"], names["expected"]
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_every_environment_variable_is_documented():
+    sources = [*README.parent.glob("hierkernels/**/*.py"), README.parent / "setup.py"]
+    sources += README.parent.glob("csrc/**/*.cpp")
+    used = {
+        name
+        for source in sources
+        for name in re.findall(r"\bHIERKERNELS_(?!X86\b|CUDA\b)[A-Z_]+\b", source.read_text())
+    }
+    documented = set(re.findall(r"\bHIERKERNELS_[A-Z_]+\b", README.read_text()))
+    assert used <= documented, f"not in the README: {sorted(used - documented)}"
