@@ -118,16 +118,17 @@ HK_INLINE void store_as(T* p, Vec<F> v, int n) {
 // True where the byte is not 0, for the bytes p[0..kWidth).
 template <class F>
 HK_INLINE Mask<F> load_bytes(const uint8_t* p) {
-  if constexpr (kWidth<F> >= 8) {
-    typedef uint8_t Bytes __attribute__((vector_size(kWidth<F>)));
-    Bytes bytes;
-    __builtin_memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, Mask<F>) != 0;
-  } else {
-    Mask<F> v{};
-    for (int i = 0; i < kWidth<F>; ++i) v[i] = -static_cast<int>(p[i] != 0);
-    return v;
-  }
+#if defined(__AVX512F__)
+  // g++ converts vectors to four times their size one element at a time.
+  if constexpr (kSame<F, float>)
+    return bit_cast<Mask<F>>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) != 0;
+#elif defined(__AVX2__)
+  if constexpr (kSame<F, float>)
+    return bit_cast<Mask<F>>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))) != 0;
+#endif
+  Mask<F> v{};
+  for (int i = 0; i < kWidth<F>; ++i) v[i] = -static_cast<int>(p[i] != 0);
+  return v;
 }
 
 }  // namespace

@@ -204,8 +204,10 @@ class Backward {
     }
 
     const int64_t stride = shape_.stride;
-    multiply_scores(tile, q.data, q.stride, w.k_panels, shape_.panel, shape_.dim, w.scores, stride);
-    multiply_scores(tile, dout.data, dout.stride, w.v_panels, shape_.panel, shape_.dim_v, w.dp, stride);
+    multiply_scores(tile, q.data, q.stride, w.k_panels, shape_.panel, shape_.dim, w.scores, stride,
+                    [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
+    multiply_scores(tile, dout.data, dout.stride, w.v_panels, shape_.panel, shape_.dim_v, w.dp, stride,
+                    [&](int r, int from, int to) { bias.prefetch(tile, r, from, to); });
     if (whole_) {
       prepare_rows(t, first, tile.n, w.lse, w.delta);
       w.rows.dlse = w.delta;

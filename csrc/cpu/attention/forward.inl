@@ -100,7 +100,8 @@ class Forward {
       } else {
         storage_.load(v_rows, key, keys, shape_.dim_v, w.v, shape_.padded_v);
       }
-      multiply_scores(tile, q, q_stride, w.k, shape_.panel, shape_.dim, w.scores, shape_.stride);
+      multiply_scores(tile, q, q_stride, w.k, shape_.panel, shape_.dim, w.scores, shape_.stride,
+                      [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
       softmax_tile(tile, w.modifiers, w.scores, shape_.stride, w.keep, w.rows);
       multiply_rows(tile, w.scores, shape_.stride, v, v_stride, shape_.dim_v, w.out, shape_.padded_v, update, w.rows.rescale);
       update = Update::kRescale;

@@ -14,10 +14,10 @@ struct TileBiasGradient {
   int64_t head_stride = 0, query_stride = 0, key_stride = 0;  // 0 or as in dbias; the last is 0 or 1
 
   // Asks for the memory that add() changes.
-  void prefetch(const TileRows& tile, int r) const {
-    if (key_stride == 0) return;
+  HK_INLINE void prefetch(const TileRows& tile, int r, int from, int to) const {
+    if (!data || key_stride == 0) return;
     const F* row = data + tile.head[r] * head_stride + tile.query[r] * query_stride + tile.key;
-    for (int j = tile.from[r]; j < tile.to[r]; j += 64 / static_cast<int>(sizeof(F))) __builtin_prefetch(row + j, 1);
+    HK_ISA::prefetch(row + from, (to - from) * static_cast<int64_t>(sizeof(F)));
   }
 
   // Adds the dS of row r, keys [from, to).
@@ -59,7 +59,6 @@ void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, cons
   const bool capped = modifiers.capped(), plain = !dbias.data && !capped;
   prepare_scores(tile, modifiers, scores, stride, kWhole ? rows.largest : nullptr, capped ? rows.slope : nullptr);
   for (int r = 0; r < tile.n; ++r, scores += stride, dp += stride) {
-    if (dbias.data && r + kRowsAhead < tile.n) dbias.prefetch(tile, r + kRowsAhead);
     const Span readable = tile.readable(r, W);
     const int from = tile.from[r], to = tile.to[r];
     if (from >= to) {

@@ -106,16 +106,15 @@ struct ScoreModifiers {
     if (padding) hide(padding.as<uint8_t>() + b * padding.stride[0] + j0 * padding.stride[1], padding.stride[1], n, row);
   }
 
-  // Asks for the memory of an additive row before it is needed: consecutive rows lie far apart, so that each would
-  // wait for its first cache lines.
-  void prefetch_row(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n) const {
+  // Asks for the memory of an additive row.
+  HK_INLINE void prefetch_row(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n) const {
     if (bias && bias.stride[3] == 1) {
       const int bytes = bias.dtype == DType::kFloat64 ? 8 : bias.dtype == DType::kFloat32 ? 4 : 2;
       const int64_t at = b * bias.stride[0] + h * bias.stride[1] + i * bias.stride[2] + j0;
-      prefetch_bytes(bias.as<char>() + at * bytes, n * bytes);
+      prefetch(bias.as<char>() + at * bytes, n * bytes);
     }
     if (mask && mask.stride[3] == 1)
-      prefetch_bytes(mask.as<char>() + b * mask.stride[0] + h * mask.stride[1] + i * mask.stride[2] + j0, n);
+      prefetch(mask.as<char>() + b * mask.stride[0] + h * mask.stride[1] + i * mask.stride[2] + j0, n);
   }
 
   // row[0..n) = 0 where the probability is dropped, else 1 / (1 - p); the same arguments.
@@ -140,10 +139,6 @@ struct ScoreModifiers {
   }
 
  private:
-  static void prefetch_bytes(const char* x, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(x + at);
-  }
-
   template <class F, class T>
   static void scaled_row(const T* x, int64_t stride, int64_t n, F* row) {
     constexpr int W = kWidth<F>;

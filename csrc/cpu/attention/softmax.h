@@ -67,11 +67,10 @@ class TileModifiers {
     }
   }
 
-  // What apply() reads for row r.
-  void prefetch(const TileRows& tile, int r) const {
-    if (modifiers_.additive && !shared_ && tile.from[r] < tile.to[r])
-      modifiers_.prefetch_row(batch_, first_head_ + tile.head[r], tile.query[r], tile.key + tile.from[r],
-                              tile.to[r] - tile.from[r]);
+  // Asks for what apply() reads for row r, keys [from, to) of the tile.
+  HK_INLINE void prefetch(const TileRows& tile, int r, int from, int to) const {
+    if (modifiers_.additive && !shared_)
+      modifiers_.prefetch_row(batch_, first_head_ + tile.head[r], tile.query[r], tile.key + from, to - from);
   }
 
   // row[begin, end) = 0 or 1 / (1 - p) for the keys of row r.
@@ -111,8 +110,6 @@ struct SoftmaxRows {
   F* origin;   // max, or 0 if it is -inf: then 2^(-inf - 0) = 0
 };
 
-constexpr int kRowsAhead = 8;  // rows between a prefetch and its use
-
 // Scores of the tile with modifiers, and -inf in the lanes of the first and last vector that are not visible. If
 // wanted, the largest score of every row goes to `largest`; with a soft cap, the derivative of each to `slope`.
 template <class F>
@@ -121,7 +118,6 @@ void prepare_scores(const TileRows& tile, const TileModifiers<F>& modifiers, F* 
   constexpr int W = kWidth<F>;
   const F hidden = -static_cast<F>(__builtin_inff());
   for (int r = 0; r < tile.n; ++r, scores += stride) {
-    if (r + kRowsAhead < tile.n) modifiers.prefetch(tile, r + kRowsAhead);
     const int from = tile.from[r], to = tile.to[r];
     if (largest) largest[r] = hidden;
     if (from >= to) continue;

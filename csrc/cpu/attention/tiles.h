@@ -113,10 +113,11 @@ struct RowBlocks {
   }
 };
 
-// scores[r * stride + key] = a(row r) . panels(key), for the columns that each group of rows touches.
-template <class F>
+// scores[r * stride + key] = a(row r) . panels(key), for the columns that each group of rows touches. The products
+// leave the memory idle: prefetch(r, from, to) is called for the parts of rows to ask for what the row pass reads.
+template <class F, class Prefetch>
 void multiply_scores(const TileRows& tile, const F* a, int64_t a_stride, const F* panels, int panel, int dim, F* scores,
-                     int64_t stride) {
+                     int64_t stride, Prefetch prefetch) {
   constexpr int W = kWidth<F>;
   const int vectors = (tile.n_keys + W - 1) / W;
   const int most_rows = kMaxRows[vectors < kMaxColumns ? vectors : kMaxColumns];
@@ -127,6 +128,7 @@ void multiply_scores(const TileRows& tile, const F* a, int64_t a_stride, const F
       if (from < begin) from = begin;
       if (to > begin + panel) to = begin + panel;
       if (from >= to) return;
+      for (int i = r; i < r + rows; ++i) prefetch(i, from, to < tile.n_keys ? to : tile.n_keys);
       multiply<F, false>(rows, (to - from) / W,
                          {a + r * a_stride, a_stride, panels + static_cast<int64_t>(begin) * dim + (from - begin),
                           panel, dim, scores + r * stride + from, stride, Update::kStore, nullptr});

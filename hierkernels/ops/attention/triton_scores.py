@@ -7,7 +7,7 @@ way from lse to base 2 and back. Everything that modifies scores travels as one 
     (score_scale, softcap, bias_ptr, stride_bias, mask_ptr, stride_mask, padding_ptr,
      stride_padding)
 
-whose pointers stand at the batch and head of the program; absent ones are None. A bias or mask
+whose pointers, after scores_at, stand at the batch and head of the program. A bias or mask
 is "none", "keys" (the same for all rows of the tile: one vector is read) or "full".
 """
 
@@ -47,15 +47,17 @@ def scores_at(
     MASK: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """mods with its pointers moved to batch b and head h (int64)."""
+    """mods with its pointers moved to batch b and head h (int64), absent ones being 0."""
     score_scale, softcap, bias_ptr, stride_bias, mask_ptr, stride_mask, padding_ptr, stride_p = mods
+    # A device function can take None but, in some versions of Triton, not return it.
+    bias_at, mask_at, padding_at = 0, 0, 0
     if BIAS != "none":
-        bias_ptr += b * stride_bias[0] + h * stride_bias[1]
+        bias_at = bias_ptr + b * stride_bias[0] + h * stride_bias[1]
     if MASK != "none":
-        mask_ptr += b * stride_mask[0] + h * stride_mask[1]
+        mask_at = mask_ptr + b * stride_mask[0] + h * stride_mask[1]
     if PADDING:
-        padding_ptr += b * stride_p[0]
-    return score_scale, softcap, bias_ptr, stride_bias, mask_ptr, stride_mask, padding_ptr, stride_p
+        padding_at = padding_ptr + b * stride_p[0]
+    return score_scale, softcap, bias_at, stride_bias, mask_at, stride_mask, padding_at, stride_p
 
 
 @triton.jit
