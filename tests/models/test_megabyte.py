@@ -104,9 +104,8 @@ def test_equals_upstream(case: str, kind: str, dtype: torch.dtype) -> None:
     assert any(value.count_nonzero() for name, value in expected.items() if name != "logits")
     for name, value in expected.items():
         value = value.detach()
-        bound = TOLERANCE[dtype]
         assert got[name].shape == value.shape, name
-        assert float((got[name].detach() - value).abs().max()) <= bound, name
+        assert float((got[name].detach() - value).abs().max()) <= TOLERANCE[dtype], name
 
 
 def test_loss_skips_padding_tokens_in_the_text() -> None:

@@ -159,7 +159,9 @@ class Backward {
     const int64_t key = index * kTileKeys, left = p_.n_keys() - key;
     const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
     const Rows k_rows = rows_of(p_.k, storage_, t.b, t.kv_head, 1), v_rows = rows_of(p_.v, storage_, t.b, t.kv_head, 1);
+    prefetch_next(p_, storage_, p_.k, t.b, t.kv_head);
     storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k_panels, shape_.panel);
+    prefetch_next(p_, storage_, p_.v, t.b, t.kv_head);
     storage_.transpose(v_rows, key, keys, shape_.dim_v, F(1), w.v_panels, shape_.panel);
     const Operand k = operand(k_in_place_, k_rows, k_rows.token_stride, key, keys, shape_.dim, shape_.padded, w.k);
 
@@ -208,6 +210,7 @@ class Backward {
                     [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
     multiply_scores(tile, dout.data, dout.stride, w.v_panels, shape_.panel, shape_.dim_v, w.dp, stride,
                     [&](int r, int from, int to) { bias.prefetch(tile, r, from, to); });
+    prefetch_next(p_, storage_, p_.q, t.b, t.kv_head);
     if (whole_) {
       prepare_rows(t, first, tile.n, w.lse, w.delta);
       w.rows.dlse = w.delta;
@@ -217,6 +220,7 @@ class Backward {
       w.rows.delta = w.delta + first;
       gradient_tile<false>(tile, w.modifiers, w.rows, bias, w.scores, w.dp, stride);
     }
+    prefetch_next(p_, storage_, p_.dout, t.b, t.kv_head);
     multiply_keys(tile, w.scores, stride, dout.data, dout.stride, shape_.dim_v, w.dv, shape_.padded_v, update);
     multiply_keys(tile, w.dp, stride, q.data, q.stride, shape_.dim, w.dk, shape_.padded, update);
     F* dq_block = whole_ ? dq : dq + first * shape_.padded;

@@ -91,6 +91,7 @@ class Forward {
       const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
       tile.set_keys(key, keys);
       w.modifiers.set_tile(b, kv_head, tile);
+      prefetch_next(p_, storage_, p_.k, b, kv_head);
       storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k, shape_.panel);
       const F* v = w.v;
       int64_t v_stride = shape_.padded_v;
@@ -102,7 +103,9 @@ class Forward {
       }
       multiply_scores(tile, q, q_stride, w.k, shape_.panel, shape_.dim, w.scores, shape_.stride,
                       [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
+      prefetch_next(p_, storage_, p_.q, b, kv_head);
       softmax_tile(tile, w.modifiers, w.scores, shape_.stride, w.keep, w.rows);
+      prefetch_next(p_, storage_, p_.v, b, kv_head);
       multiply_rows(tile, w.scores, shape_.stride, v, v_stride, shape_.dim_v, w.out, shape_.padded_v, update, w.rows.rescale);
       update = Update::kRescale;
     }
