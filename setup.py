@@ -132,7 +132,7 @@ def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, ta
 
 
 class NinjaBuild(build_ext):
-    """Compiles everything with one ninja run; without a compiler the package goes without a core."""
+    """Compiles everything with one ninja run; without a compiler there is no core."""
 
     def build_extension(self, ext: Extension) -> None:
         cxx = find_tool("HIERKERNELS_BUILD_CPU", ("CXX",), ("g++", "c++", "clang++"))

@@ -30,9 +30,22 @@ DType dtype_of(const py::object& dtype) {
 Tensor tensor(const py::object& t) {
   Tensor out;
   if (t.is_none()) return out;
-  out.data = reinterpret_cast<void*>(t.attr("data_ptr")().cast<uintptr_t>());
-  out.dtype = dtype_of(t.attr("dtype"));
-  const py::tuple shape = t.attr("shape"), stride = t.attr("stride")();
+  // Interned names: a call is made of microseconds.
+  static PyObject *const kDataPtr = PyUnicode_InternFromString("data_ptr"), *const kDtype = PyUnicode_InternFromString("dtype"),
+                         *const kShape = PyUnicode_InternFromString("shape"), *const kStride = PyUnicode_InternFromString("stride");
+  const auto call = [&](PyObject* name) {
+    PyObject* result = PyObject_CallMethodNoArgs(t.ptr(), name);
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  };
+  const auto get = [&](PyObject* name) {
+    PyObject* result = PyObject_GetAttr(t.ptr(), name);
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  };
+  out.data = reinterpret_cast<void*>(call(kDataPtr).cast<uintptr_t>());
+  out.dtype = dtype_of(get(kDtype));
+  const py::tuple shape = get(kShape), stride = call(kStride);
   out.ndim = static_cast<int>(shape.size());
   if (out.ndim > 4) throw py::value_error("at most 4 dimensions");
   for (int d = 0; d < out.ndim; ++d) {

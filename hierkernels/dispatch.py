@@ -7,6 +7,7 @@ variable HIERKERNELS_BACKEND, then the first supported backend of AUTO_ORDER.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ class Choice:
         return "\n".join(lines)
 
 
+@functools.cache
 def load_backend(op: str, backend: str) -> ModuleType:
     """The module hierkernels.ops.<op>.<backend>; imported on first use only."""
     return importlib.import_module(f"hierkernels.ops.{op}.{backend}")

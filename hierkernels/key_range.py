@@ -32,6 +32,8 @@ class Staircase(NamedTuple):
             raise ValueError(f"step must be at least 1, got {self.step}")
         if self.rise < 0:
             raise ValueError(f"rise must not be negative, got {self.rise}")
+        if 0 <= self.shift < self.step and self.floor >= 0:
+            return self
         turns, shift = divmod(self.shift, self.step)
         return Staircase(
             shift, self.step, self.rise, self.offset + turns * self.rise, max(self.floor, 0)

@@ -94,8 +94,8 @@ def _check_seed(seed: Any, q: torch.Tensor) -> torch.Tensor:
     if isinstance(seed, torch.Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != q.device:
             raise ValueError(
-                f"dropout_seed must be an int or one int64 element on the device of q ({q.device}), "
-                f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+                "dropout_seed must be an int or one int64 element "
+                f"on the device of q ({q.device}), got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
             )
         return seed.reshape(())
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -201,7 +201,7 @@ def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.T
     name = dispatch.requested_backend(backend)
     if name == "reference":  # plain PyTorch operations: differentiable any number of times
         return reference.attention(call)
-    return torch.ops.hierkernels.attention_forward(
+    return torch.ops.hierkernels.attention_forward.default(
         call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed,
         call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p, name,
     )  # fmt: skip

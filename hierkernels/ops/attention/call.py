@@ -9,7 +9,7 @@ import torch
 from hierkernels.key_range import KeyRange
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AttentionCall:
     """The arguments of one call; shapes are checked, broadcastable tensors have four dimensions."""
 

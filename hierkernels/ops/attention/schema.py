@@ -78,7 +78,7 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
     *tensors, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 12
-    dq, dk, dv, dbias = torch.ops.hierkernels.attention_backward(
+    dq, dk, dv, dbias = torch.ops.hierkernels.attention_backward.default(
         *tensors, ctx.key_range, ctx.scale, ctx.softcap, ctx.dropout_p, out, lse,
         torch.zeros_like(out) if dout is None else dout, dlse, ctx.needs_input_grad[3], ctx.backend,
     )  # fmt: skip
