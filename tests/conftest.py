@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(gpu)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Every test draws the same numbers, alone or in any order."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def set_isa() -> Iterator[Callable[[str], None]]:
     """Chooses the instruction set of the CPU kernels; the one before is restored afterwards."""

@@ -170,18 +170,10 @@ HK_INLINE void store(F* p, Vec<F> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 #if defined(__AVX512F__)
-HK_INLINE VecF load(const float* p, int n) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-}
-HK_INLINE VecD load(const double* p, int n) {
-  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
-}
-HK_INLINE void store(float* p, VecF v, int n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
-}
-HK_INLINE void store(double* p, VecD v, int n) {
-  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v);
-}
+HK_INLINE VecF load(const float* p, int n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
+HK_INLINE VecD load(const double* p, int n) { return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p); }
+HK_INLINE void store(float* p, VecF v, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v); }
+HK_INLINE void store(double* p, VecD v, int n) { _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v); }
 #else
 template <class F>
 HK_INLINE Vec<F> load(const F* p, int n) {

@@ -57,8 +57,7 @@ HK_INLINE Vec<F> load_as(const T* p) {
     return load(p);
   } else if constexpr (kSame<F, float> && sizeof(T) == 2) {
 #if defined(__AVX512F__)
-    if constexpr (kSame<T, Float16>)
-      return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    if constexpr (kSame<T, Float16>) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
     if constexpr (kSame<T, Float16>) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #endif

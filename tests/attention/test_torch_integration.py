@@ -231,11 +231,16 @@ def test_compile_with_inductor(fresh_compiler: None) -> None:
 
 
 # Every argument once; seeds that are drawn, given as int, and given as tensor.
+_G = torch.Generator().manual_seed(0)
 COMPILED: dict[str, dict] = {
-    "bias-window-lse": {"attn_bias": torch.randn(4, 9, 9), "window_size": (3, 1), "softcap": 2.0},
+    "bias-window-lse": {
+        "attn_bias": torch.randn(4, 9, 9, generator=_G),
+        "window_size": (3, 1),
+        "softcap": 2.0,
+    },
     "masks-dropout": {
-        "attn_mask": torch.rand(9, 9) > 0.3,
-        "key_padding_mask": torch.rand(2, 9) > 0.3,
+        "attn_mask": torch.rand(9, 9, generator=_G) > 0.3,
+        "key_padding_mask": torch.rand(2, 9, generator=_G) > 0.3,
         "dropout_p": 0.3,
         "dropout_seed": 5,
         "scale": 0.2,

@@ -19,8 +19,12 @@ template <class F>
 class Backward {
  public:
   Backward(const AttentionParams& p, const Storage<F>& storage)
-      : p_(p), storage_(storage), shape_(p), blocks_{p.n_queries() * p.group(), tile_rows(p)},
-        key_tiles_(p.n_keys() <= kTileKeys ? 1 : (p.n_keys() + kTileKeys - 1) / kTileKeys), whole_(key_tiles_ == 1) {
+      : p_(p),
+        storage_(storage),
+        shape_(p),
+        blocks_{p.n_queries() * p.group(), tile_rows(p)},
+        key_tiles_(p.n_keys() <= kTileKeys ? 1 : (p.n_keys() + kTileKeys - 1) / kTileKeys),
+        whole_(key_tiles_ == 1) {
     const Rows q = rows_of(p.q, storage, 0, 0, p.group()), dout = rows_of(p.dout, storage, 0, 0, p.group());
     q_in_place_ = storage.native && shape_.dim == shape_.padded && q.uniform_stride(p.n_queries()) != 0;
     dout_in_place_ = storage.native && shape_.dim_v == shape_.padded_v && dout.uniform_stride(p.n_queries()) != 0;
@@ -93,12 +97,26 @@ class Backward {
     GradientRows<F> rows;
 
     Work(const Backward& f, char* scratch)
-        : tile(*new (scratch + f.tile_at_) TileRows), scores(at(scratch, f.scores_at_)), dp(at(scratch, f.dp_at_)),
-          k_panels(at(scratch, f.k_panels_at_)), v_panels(at(scratch, f.v_panels_at_)), k(at(scratch, f.k_at_)),
-          q(at(scratch, f.q_at_)), dout(at(scratch, f.dout_at_)), dk(at(scratch, f.dk_at_)), dv(at(scratch, f.dv_at_)),
-          lse(at(scratch, f.lse_at_)), delta(at(scratch, f.delta_at_)), dq(at(scratch, f.dq_at_)),
+        : tile(*new (scratch + f.tile_at_) TileRows),
+          scores(at(scratch, f.scores_at_)),
+          dp(at(scratch, f.dp_at_)),
+          k_panels(at(scratch, f.k_panels_at_)),
+          v_panels(at(scratch, f.v_panels_at_)),
+          k(at(scratch, f.k_at_)),
+          q(at(scratch, f.q_at_)),
+          dout(at(scratch, f.dout_at_)),
+          dk(at(scratch, f.dk_at_)),
+          dv(at(scratch, f.dv_at_)),
+          lse(at(scratch, f.lse_at_)),
+          delta(at(scratch, f.delta_at_)),
+          dq(at(scratch, f.dq_at_)),
           modifiers(f.p_, at(scratch, f.additive_at_)),
-          rows{nullptr, nullptr, nullptr, static_cast<F>(f.p_.scale), at(scratch, f.keep_at_), at(scratch, f.largest_at_),
+          rows{nullptr,
+               nullptr,
+               nullptr,
+               static_cast<F>(f.p_.scale),
+               at(scratch, f.keep_at_),
+               at(scratch, f.largest_at_),
                at(scratch, f.slope_at_)} {}
     static F* at(char* scratch, size_t offset) { return reinterpret_cast<F*>(scratch + offset); }
   };
@@ -195,8 +213,8 @@ class Backward {
     const Rows q_rows = rows_of(p_.q, storage_, t.b, t.kv_head, group);
     const Rows dout_rows = rows_of(p_.dout, storage_, t.b, t.kv_head, group);
     const int64_t queries = p_.n_queries();
-    const Operand q = operand(q_in_place_, q_rows, q_rows.uniform_stride(queries), first, tile.n, shape_.dim,
-                              shape_.padded, w.q);
+    const Operand q =
+        operand(q_in_place_, q_rows, q_rows.uniform_stride(queries), first, tile.n, shape_.dim, shape_.padded, w.q);
     const Operand dout = operand(dout_in_place_, dout_rows, dout_rows.uniform_stride(queries), first, tile.n,
                                  shape_.dim_v, shape_.padded_v, w.dout);
     TileBiasGradient<F> bias;

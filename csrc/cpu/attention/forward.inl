@@ -56,9 +56,14 @@ class Forward {
     TileModifiers<F> modifiers;
 
     Work(const Forward& f, char* scratch)
-        : tile(*new (scratch + f.tile_at_) TileRows), scores(f.at(scratch, f.scores_at_)),
-          out(f.at(scratch, f.out_at_)), k(f.at(scratch, f.k_at_)), v(f.at(scratch, f.v_at_)),
-          q(f.at(scratch, f.q_at_)), keep(f.at(scratch, f.keep_at_)), inverse(f.at(scratch, f.rows_at_)),
+        : tile(*new (scratch + f.tile_at_) TileRows),
+          scores(f.at(scratch, f.scores_at_)),
+          out(f.at(scratch, f.out_at_)),
+          k(f.at(scratch, f.k_at_)),
+          v(f.at(scratch, f.v_at_)),
+          q(f.at(scratch, f.q_at_)),
+          keep(f.at(scratch, f.keep_at_)),
+          inverse(f.at(scratch, f.rows_at_)),
           rows{inverse + kTileRows, inverse + 2 * kTileRows, inverse + 3 * kTileRows, inverse + 4 * kTileRows},
           modifiers(f.p_, f.at(scratch, f.additive_at_)) {}
   };
@@ -106,7 +111,8 @@ class Forward {
       prefetch_next(p_, storage_, p_.q, b, kv_head);
       softmax_tile(tile, w.modifiers, w.scores, shape_.stride, w.keep, w.rows);
       prefetch_next(p_, storage_, p_.v, b, kv_head);
-      multiply_rows(tile, w.scores, shape_.stride, v, v_stride, shape_.dim_v, w.out, shape_.padded_v, update, w.rows.rescale);
+      multiply_rows(tile, w.scores, shape_.stride, v, v_stride, shape_.dim_v, w.out, shape_.padded_v, update,
+                    w.rows.rescale);
       update = Update::kRescale;
     }
     if (update == Update::kStore) clear(w.out, 0, tile.n * shape_.padded_v);
@@ -124,7 +130,8 @@ class Forward {
       store(w.rows.max + r, select(none, empty, (load(w.rows.max + r) + log2(sum)) * static_cast<F>(kLn2)));
     }
     const Rows out_rows = rows_of(p_.out, storage_, b, kv_head, p_.group());
-    storage_.store(out_rows, tile.first, tile.n, shape_.dim_v, w.out, shape_.padded_v, w.inverse, 1, is_large(p_.out, storage_.bytes));
+    storage_.store(out_rows, tile.first, tile.n, shape_.dim_v, w.out, shape_.padded_v, w.inverse, 1,
+                   is_large(p_.out, storage_.bytes));
     F* lse = p_.lse.as<F>() + (b * p_.heads() + kv_head * p_.group()) * p_.n_queries();
     for (int r = 0; r < tile.n; ++r) lse[tile.head[r] * p_.n_queries() + tile.query[r]] = w.rows.max[r];
   }

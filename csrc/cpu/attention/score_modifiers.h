@@ -103,7 +103,8 @@ struct ScoreModifiers {
       const int64_t at = b * mask.stride[0] + h * mask.stride[1] + i * mask.stride[2] + j0 * mask.stride[3];
       hide(mask.as<uint8_t>() + at, mask.stride[3], n, row);
     }
-    if (padding) hide(padding.as<uint8_t>() + b * padding.stride[0] + j0 * padding.stride[1], padding.stride[1], n, row);
+    if (padding)
+      hide(padding.as<uint8_t>() + b * padding.stride[0] + j0 * padding.stride[1], padding.stride[1], n, row);
   }
 
   // Asks for the memory of an additive row.
@@ -122,19 +123,21 @@ struct ScoreModifiers {
   void keep_row(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, F* row) const {
     constexpr int W = kWidth<float>;
     uint32_t words[64];
-    float keep[64];
-    for (int64_t group = j0 / 64; group * 64 < j0 + n; ++group) {
-      philox_words(seed, static_cast<uint32_t>(group * 16), static_cast<uint32_t>(i), static_cast<uint32_t>(h),
+    float part[64];
+    for (int64_t first = j0 / 64 * 64; first < j0 + n; first += 64) {
+      philox_words(seed, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(i), static_cast<uint32_t>(h),
                    static_cast<uint32_t>(b), words);
+      const int64_t begin = first < j0 ? j0 : first, end = first + 64 < j0 + n ? first + 64 : j0 + n;
+      float* keep = part;
+      if constexpr (kSame<F, float>)
+        if (end - begin == 64) keep = row + (first - j0);
       for (int x = 0; x < 64; x += W) {
         Simd<float>::U word;
         __builtin_memcpy(&word, words + x, sizeof word);
         store(keep + x, select(word >= drop_below, set1(static_cast<float>(keep_factor)), zero<float>()));
       }
-      const int64_t begin = group * 64 < j0 ? j0 : group * 64;
-      const int64_t end = group * 64 + 64 < j0 + n ? group * 64 + 64 : j0 + n;
-      for (int64_t j = begin; j < end; ++j)
-        row[j - j0] = keep[j - group * 64] == 0 ? F(0) : static_cast<F>(keep_factor);
+      if (keep != part) continue;
+      for (int64_t j = begin; j < end; ++j) row[j - j0] = part[j - first] == 0 ? F(0) : static_cast<F>(keep_factor);
     }
   }
 

@@ -18,8 +18,11 @@ template <class F>
 class TileModifiers {
  public:
   TileModifiers(const AttentionParams& p, F* additive_rows)
-      : modifiers_(ScoreModifiers::from(p)), cap_(static_cast<F>(p.softcap * kLog2E)), rows_(additive_rows),
-        shared_(modifiers_.additive && modifiers_.same_for_queries), group_(p.group()) {}
+      : modifiers_(ScoreModifiers::from(p)),
+        cap_(static_cast<F>(p.softcap * kLog2E)),
+        rows_(additive_rows),
+        shared_(modifiers_.additive && modifiers_.same_for_queries),
+        group_(p.group()) {}
 
   // How many rows of kTileKeys the additive rows take.
   static int64_t additive_rows(const AttentionParams& p) {

@@ -9,7 +9,7 @@ namespace {
 
 // The rows of one (batch, kv head): row r is query r / group of head r % group of the group; keys have group 1.
 struct Rows {
-  char* data;  // row 0
+  char* data;                                // row 0
   int64_t token_stride, head_stride, group;  // strides in elements
 
   // Row `row` lies at row * uniform_stride() if that is not 0.
@@ -23,7 +23,8 @@ struct Rows {
 class RowCursor {
  public:
   RowCursor(const Rows& rows, int64_t row)
-      : rows_(rows), head_(rows.group == 1 ? 0 : row % rows.group),
+      : rows_(rows),
+        head_(rows.group == 1 ? 0 : row % rows.group),
         token_offset_((rows.group == 1 ? row : row / rows.group) * rows.token_stride) {}
   int64_t offset() const { return token_offset_ + head_ * rows_.head_stride; }
   void next() {
@@ -118,8 +119,7 @@ void transpose_rows(const Rows& rows, int64_t first, int n, int dim, F factor, F
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) block[i] = load_as<F>(x + i * rows.token_stride + c);
       } else {
-        for (int i = 0; i < W; ++i)
-          block[i] = i < valid ? load_as<F>(x + i * rows.token_stride + c, width) : zero<F>();
+        for (int i = 0; i < W; ++i) block[i] = i < valid ? load_as<F>(x + i * rows.token_stride + c, width) : zero<F>();
       }
       transpose<F>(block);
       if (width == W) {
@@ -178,8 +178,8 @@ struct Storage {
 };
 template <class F, class T>
 constexpr Storage<F> storage_of() {
-  return {kSame<F, T>,       static_cast<int>(sizeof(T)), load_rows<F, T>, transpose_rows<F, T>,
-          store_rows<F, T>, dot_rows<F, T>};
+  return {kSame<F, T>,   static_cast<int>(sizeof(T)), load_rows<F, T>, transpose_rows<F, T>, store_rows<F, T>,
+          dot_rows<F, T>};
 }
 
 // Rows of a 4-dimensional tensor (B, H, N, D) for a kv head whose group has `group` heads.

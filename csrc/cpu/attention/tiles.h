@@ -20,7 +20,7 @@ constexpr int kKeyAlignment = 64;
 static_assert(kTileKeys % kKeyAlignment == 0);
 
 template <class F>
-constexpr int kPanel = kMaxColumns* kWidth<F>;
+constexpr int kPanel = kMaxColumns * kWidth<F>;
 
 inline int64_t staircase_at(const Staircase& s, int64_t i, int64_t n_keys) {
   if (s.step != 1) return s.at(i, n_keys);
@@ -165,9 +165,10 @@ void multiply_keys(const TileRows& tile, const F* weights, int64_t stride, const
       while (begin < tile.n && tile.to[begin] <= j) ++begin;
       while (end < tile.n && tile.from[end] < j + keys) ++end;
       if (begin >= end && update != Update::kStore) return;
-      multiply<F, true>(keys, columns,
-                        {weights + begin * stride + j, stride, x + begin * x_stride + column * W, x_stride,
-                         end < begin ? 0 : end - begin, out + j * out_stride + column * W, out_stride, update, nullptr});
+      multiply<F, true>(
+          keys, columns,
+          {weights + begin * stride + j, stride, x + begin * x_stride + column * W, x_stride,
+           end < begin ? 0 : end - begin, out + j * out_stride + column * W, out_stride, update, nullptr});
     });
   });
 }

@@ -94,8 +94,8 @@ def _check_seed(seed: Any, q: torch.Tensor) -> torch.Tensor:
     if isinstance(seed, torch.Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != q.device:
             raise ValueError(
-                "dropout_seed must be an int or one int64 element "
-                f"on the device of q ({q.device}), got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+                "dropout_seed must be an int or one int64 element on the device of q "
+                f"({q.device}), got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
             )
         return seed.reshape(())
     if isinstance(seed, bool) or not isinstance(seed, int):
