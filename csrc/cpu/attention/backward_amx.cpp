@@ -67,7 +67,7 @@ struct Backward {
     // splits-th segment; a bias gradient that is shared between rows must not be split.
     const int64_t heads = B * Hkv;
     const int64_t padded = (rows + 31) & ~int64_t{31};
-    splits = heads >= threads || p.dbias ? 1 : (threads + heads - 1) / heads;
+    splits = heads >= threads || heads == 0 || p.dbias ? 1 : (threads + heads - 1) / heads;
     segment = padded < 32 ? 32 : padded < kSegment ? padded : kSegment;
     if (splits > 1) {
       const int64_t share = (padded / (splits * 4) + kBlock) / kBlock * kBlock;

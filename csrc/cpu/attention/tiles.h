@@ -22,13 +22,6 @@ static_assert(kTileKeys % kKeyAlignment == 0);
 template <class F>
 constexpr int kPanel = kMaxColumns * kWidth<F>;
 
-inline int64_t staircase_at(const Staircase& s, int64_t i, int64_t n_keys) {
-  if (s.step != 1) return s.at(i, n_keys);
-  int64_t x = i * s.rise + s.offset;
-  if (x < s.floor) x = s.floor;
-  return x < n_keys ? x : n_keys;
-}
-
 struct Span {
   int begin, end;
   int size() const { return end - begin; }
@@ -59,8 +52,8 @@ struct TileRows {
       query[r] = i;
       head[r] = static_cast<int>(h);
       const bool again = r > 0 && query[r - 1] == i;
-      lo[r] = again ? lo[r - 1] : staircase_at(range.lo, i, n_keys_total);
-      hi[r] = again ? hi[r - 1] : staircase_at(range.hi, i, n_keys_total);
+      lo[r] = again ? lo[r - 1] : range.lo.at(i, n_keys_total);
+      hi[r] = again ? hi[r - 1] : range.hi.at(i, n_keys_total);
       if (++h == group) {
         h = 0;
         ++i;
