@@ -45,6 +45,7 @@ class Backward {
     dk_at_ = part(keys * padded);
     dv_at_ = part(keys * padded_v);
     lse_at_ = part(dq_rows_);
+    lse_low_at_ = part(dq_rows_);
     delta_at_ = part(dq_rows_);
     keep_at_ = part(kTileKeys);
     largest_at_ = part(kTileRows);
@@ -92,7 +93,7 @@ class Backward {
   // What a thread works with.
   struct Work {
     TileRows& tile;
-    F *scores, *dp, *k_panels, *v_panels, *k, *q, *dout, *dk, *dv, *lse, *delta, *dq;
+    F *scores, *dp, *k_panels, *v_panels, *k, *q, *dout, *dk, *dv, *lse, *lse_low, *delta, *dq;
     TileModifiers<F> modifiers;
     GradientRows<F> rows;
 
@@ -108,10 +109,12 @@ class Backward {
           dk(at(scratch, f.dk_at_)),
           dv(at(scratch, f.dv_at_)),
           lse(at(scratch, f.lse_at_)),
+          lse_low(at(scratch, f.lse_low_at_)),
           delta(at(scratch, f.delta_at_)),
           dq(at(scratch, f.dq_at_)),
           modifiers(f.p_, at(scratch, f.additive_at_)),
           rows{nullptr,
+               nullptr,
                nullptr,
                nullptr,
                static_cast<F>(f.p_.scale),
@@ -137,16 +140,16 @@ class Backward {
     const int64_t pair = t.b * p_.kv_heads() + t.kv_head;
     F* dq = plan_.splits > 1 ? shared_ + (pair * plan_.splits + t.split) * dq_size() : w.dq;
     if (!whole_) {
-      prepare_rows(t, 0, blocks_.rows, w.lse, w.delta);
+      prepare_rows(t, 0, blocks_.rows, w.lse, w.lse_low, w.delta);
       memset(dq, 0, static_cast<size_t>(dq_size()) * sizeof(F));
     }
     for (int64_t tile = t.split; tile < key_tiles_; tile += plan_.splits) key_tile(w, t, tile, dq, dbias);
     if (!whole_ && plan_.splits == 1) store_dq(t, 0, blocks_.rows, dq);
   }
 
-  // lse (base 2; +inf for a row that sees nothing) and delta of rows first .. first + n; if the tiles hold all keys,
+  // lse + lse_low (base 2; +inf for a row that sees nothing) and delta of rows first .. first + n; if the tiles hold all keys,
   // only -dlse, as delta.
-  void prepare_rows(const BackwardTask& t, int64_t first, int64_t n, F* lse, F* delta) const {
+  void prepare_rows(const BackwardTask& t, int64_t first, int64_t n, F* lse, F* lse_low, F* delta) const {
     const int64_t group = p_.group(), queries = p_.n_queries();
     const int64_t heads_at = (t.b * p_.heads() + t.kv_head * group) * queries;
     if (!whole_) {
@@ -163,7 +166,9 @@ class Backward {
         delta[r] = gradient;
       } else {
         const F x = p_.lse.as<F>()[at];
-        lse[r] = x == -infinite ? infinite : x * static_cast<F>(kLog2E);
+        lse[r] = infinite;
+        lse_low[r] = F(0);
+        if (x != -infinite) split_lse(x, lse[r], lse_low[r]);
         delta[r] -= gradient;
       }
       if (++g == group) {
@@ -230,11 +235,12 @@ class Backward {
                     [&](int r, int from, int to) { bias.prefetch(tile, r, from, to); });
     prefetch_next(p_, storage_, p_.q, t.b, t.kv_head);
     if (whole_) {
-      prepare_rows(t, first, tile.n, w.lse, w.delta);
+      prepare_rows(t, first, tile.n, w.lse, w.lse_low, w.delta);
       w.rows.dlse = w.delta;
       gradient_tile<true>(tile, w.modifiers, w.rows, bias, w.scores, w.dp, stride);
     } else {
       w.rows.lse = w.lse + first;
+      w.rows.lse_low = w.lse_low + first;
       w.rows.delta = w.delta + first;
       gradient_tile<false>(tile, w.modifiers, w.rows, bias, w.scores, w.dp, stride);
     }
@@ -288,7 +294,7 @@ class Backward {
   F* shared_ = nullptr;  // partial dQ, then copies of dbias
   F* bias_copies_ = nullptr;
   ScratchLayout layout_;
-  size_t tile_at_, scores_at_, dp_at_, k_panels_at_, v_panels_at_, k_at_, q_at_, dout_at_, dk_at_, dv_at_, lse_at_,
+  size_t tile_at_, scores_at_, dp_at_, k_panels_at_, v_panels_at_, k_at_, q_at_, dout_at_, dk_at_, dv_at_, lse_at_, lse_low_at_,
       delta_at_, keep_at_, largest_at_, slope_at_, additive_at_, dq_at_;
 };
 

@@ -124,16 +124,16 @@ class Forward {
     const TileRows& tile = w.tile;
     for (int r = 0; r < tile.n; r += W) {
       const Vec<F> sum = load(w.rows.sum + r);
-      const Vec<F> empty = set1(-static_cast<F>(__builtin_inff()));
       const Mask<F> none = sum == F(0);
       store(w.inverse + r, select(none, zero<F>(), F(1) / sum));
-      store(w.rows.max + r, select(none, empty, (load(w.rows.max + r) + log2(sum)) * static_cast<F>(kLn2)));
+      store(w.rows.sum + r, log2(sum));  // -inf for 0
     }
     const Rows out_rows = rows_of(p_.out, storage_, b, kv_head, p_.group());
     storage_.store(out_rows, tile.first, tile.n, shape_.dim_v, w.out, shape_.padded_v, w.inverse, 1,
                    is_large(p_.out, storage_.bytes));
     F* lse = p_.lse.as<F>() + (b * p_.heads() + kv_head * p_.group()) * p_.n_queries();
-    for (int r = 0; r < tile.n; ++r) lse[tile.head[r] * p_.n_queries() + tile.query[r]] = w.rows.max[r];
+    for (int r = 0; r < tile.n; ++r) 
+      lse[tile.head[r] * p_.n_queries() + tile.query[r]] = natural_lse(w.rows.max[r], w.rows.sum[r]);
   }
 
   const AttentionParams& p_;

@@ -41,6 +41,7 @@ struct TileBiasGradient {
 template <class F>
 struct GradientRows {
   const F* lse;    // of each row, base 2, +inf where the row sees nothing; unused if the whole row is in the tile
+  const F* lse_low;  // what lse lacks in precision
   const F* delta;  // of each row: sum of P dP, less dlse; unused if the whole row is in the tile
   const F* dlse;   // of each row, used if the whole row is in the tile
   F scale;
@@ -91,9 +92,9 @@ void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, cons
         store(dp + j, plain ? ds * scale : ds);
       }
     } else {
-      const Vec<F> lse = set1(rows.lse[r]), delta = set1(rows.delta[r]);
+      const Vec<F> lse = set1(rows.lse[r]), low = set1(rows.lse_low[r]), delta = set1(rows.delta[r]);
       for (int j = begin; j < end; j += W) {
-        const Vec<F> p = exp2(load(scores + j) - lse), ds = p * (load(dp + j) - delta);
+        const Vec<F> p = exp2(load(scores + j) - lse - low), ds = p * (load(dp + j) - delta);
         store(scores + j, p);
         store(dp + j, plain ? ds * scale : ds);
       }

@@ -7,6 +7,34 @@ namespace hierkernels {
 namespace HK_ISA {
 namespace {
 
+// The log-sum-exp is handed from the forward to the backward in base e, and used in base 2. Large scores leave it few
+// digits after the point, so the conversions round once only: in twice the precision.
+template <class F>
+struct WideOf;
+template <>
+struct WideOf<float> {
+  using Type = double;
+};
+template <>
+struct WideOf<double> {
+  using Type = long double;
+};
+template <class F>
+using Wide = typename WideOf<F>::Type;
+
+// ln(2^largest * 2^log2_sum).
+template <class F>
+HK_INLINE F natural_lse(F largest, F log2_sum) {
+  return static_cast<F>((Wide<F>(largest) + Wide<F>(log2_sum)) * Wide<F>(0.693147180559945309417232121458L));
+}
+// A finite lse in base 2, as the sum of two numbers.
+template <class F>
+HK_INLINE void split_lse(F lse, F& high, F& low) {
+  const Wide<F> x = Wide<F>(lse) * Wide<F>(1.442695040888963407359924681002L);
+  high = static_cast<F>(x);
+  low = static_cast<F>(x - Wide<F>(high));
+}
+
 // The factor of q . k in the scores: with a soft cap the argument of tanh, else base-2 scores.
 template <class F>
 F score_factor(const AttentionParams& p) {

@@ -89,7 +89,7 @@ _HALF = {
 # one more tile of scores), "padded" (channels are not a power of two), "packed" (several heads in a
 # tile), "grouped" (several heads, one after the other).
 _SPECIAL = {
-    ("sm_80", "forward", 128, "packed"): Config(128, 64, 8, 2, "always"),
+    ("sm_80", "forward", 128, "packed"): Config(128, 32, 8, 3, "always"),
     ("sm_80", "dq", 128, "pairs"): Config(64, 32, 8, 2, "split"),
     ("sm_80", "dkv", 64, "pairs"): Config(64, 32, 4, 2, "always"),
     ("sm_80", "dkv", 128, "padded"): Config(64, 64, 8, 1, "always"),
