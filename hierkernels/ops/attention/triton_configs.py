@@ -47,7 +47,7 @@ _HALF = {
     ("sm_80", "dbias", 128): Config(64, 32, 8, 1, "always"),
     ("sm_80", "dbias", 256): Config(32, 32, 8, 2, "always"),
     ("sm_86", "forward", 64): Config(64, 64, 4, 3, "always"),
-    ("sm_86", "forward", 128): Config(64, 64, 4, 2, "always"),
+    ("sm_86", "forward", 128): Config(128, 32, 8, 3, "always"),
     ("sm_86", "forward", 256): Config(64, 32, 8, 2, "always"),
     ("sm_86", "dq", 64): Config(64, 64, 4, 3, "always"),
     ("sm_86", "dq", 128): Config(64, 64, 8, 2, "always"),
@@ -93,6 +93,7 @@ _SPECIAL = {
     ("sm_80", "dq", 128, "pairs"): Config(64, 32, 8, 2, "split"),
     ("sm_80", "dkv", 64, "pairs"): Config(64, 32, 4, 2, "always"),
     ("sm_80", "dkv", 128, "padded"): Config(64, 64, 8, 1, "always"),
+    ("sm_86", "dkv", 128, "padded"): Config(64, 64, 8, 1, "always"),
     ("sm_100", "dkv", 128, "grouped"): Config(64, 128, 8, 1, "branch"),
 }
 DEMANDS = ("pairs", "padded", "packed", "grouped")
