@@ -6,6 +6,7 @@
 // g++ 12's _tile_loadconfig names only part of its operand and _tile_loadd lacks a memory clobber, so that
 // stores may move past a load; hence the assembly here.
 #pragma once
+#include "../../common/tensor.h"
 #include "../scratch.h"
 #include "../simd.h"
 
@@ -200,6 +201,22 @@ HK_INLINE void prefetch_row(const bf16* row, int steps) {
 }
 HK_INLINE void prefetch_row_to_write(const bf16* row, int steps) {
   for (int s = 0; s < steps; ++s) __builtin_prefetch(row + 32 * s, 1, 2);
+}
+
+// The distance from key/value head h of batch entry b, or its group of query heads, to the next one, in elements; 0
+// after the last. Threads take heads in this order.
+HK_INLINE int64_t to_next_head(const Tensor& t, int64_t b, int64_t h, int64_t kv_heads) {
+  const int64_t each = t.size[1] / kv_heads;
+  if (h + 1 < kv_heads) return each * t.stride[1];
+  return b + 1 < t.size[0] ? t.stride[0] - h * each * t.stride[1] : 0;
+}
+
+// Whether to write a result past the caches: it is large, and its rows are whole cache lines.
+constexpr int64_t kStreamBytes = 4 << 20;
+HK_INLINE bool worth_streaming(const Tensor& t) {
+  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 64 == 0 && t.size[3] % 32 == 0;
+  for (int d = 0; d < 3; ++d) aligned = aligned && t.stride[d] % 32 == 0;
+  return aligned && t.span_bytes() >= kStreamBytes;
 }
 
 HK_INLINE void zero_row(int steps, bf16* out) {

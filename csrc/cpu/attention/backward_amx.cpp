@@ -30,6 +30,7 @@ constexpr int kTiles = kBlock / 32;       // strips of keys, and tiles of rows, 
 constexpr int kScoreStride = kBlock + 16; // padded against 4K aliasing
 constexpr int kProbStride = kBlock + 32;
 constexpr int64_t kSegment = 4096;        // rows whose packs are kept at a time
+constexpr int64_t kShort = 128;           // rows and keys up to which the next head is prefetched
 constexpr float kNever = 1e30f;           // the log-sum-exp of a row that sees nothing: exp2(s - kNever) = 0
 
 // dS of two keys, as the pairs that a B tile wants.
@@ -45,6 +46,8 @@ struct Backward {
   const int steps, v_steps;  // of 32 channels of q and k, of v
   const int64_t B, Hkv, Nq, Nk;
   const int64_t rows, keys;  // packed rows of a key/value head; keys rounded up to 32
+  const bool prefetch;    // heads are short: each asks for the inputs of the next
+  const bool stream_dq, stream_dk, stream_dv;  // written past the caches
   int64_t segment, splits;
 
   Backward(const AttentionParams& params, int threads)
@@ -62,7 +65,11 @@ struct Backward {
         Nq(params.n_queries()),
         Nk(params.n_keys()),
         rows(Nq * G),
-        keys((Nk + 31) & ~int64_t{31}) {
+        keys((Nk + 31) & ~int64_t{31}),
+        prefetch(rows <= kShort && Nk <= kShort),
+        stream_dq(worth_streaming(params.dq)),
+        stream_dk(worth_streaming(params.dk)),
+        stream_dv(worth_streaming(params.dv)) {
     // Fewer heads than threads: split the rows of each. Later rows see more keys, so a split takes every
     // splits-th segment; a bias gradient that is shared between rows must not be split.
     const int64_t heads = B * Hkv;
@@ -130,9 +137,11 @@ HK_INLINE float dot_row(const bf16* a, const bf16* b, int n) {
   return _mm512_reduce_add_ps(sum);
 }
 
-HK_INLINE void store_scaled(bf16* to, int n, __m512 low, __m512 high, __m512 scale) {
+HK_INLINE void store_scaled(bf16* to, int n, __m512 low, __m512 high, __m512 scale, bool stream) {
   const __m512i x = to_bf16(_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale));
-  if (n >= 32)
+  if (stream)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), x);
+  else if (n >= 32)
     _mm512_storeu_si512(to, x);
   else
     _mm512_mask_storeu_epi16(to, first_lanes32(n), x);
@@ -182,6 +191,14 @@ struct Task {
       pack_rows(q, n, f.D, f.steps, m.q_n + r * f.steps * 32);
       pack_rows(g, n, f.Dv, f.v_steps, m.g_n + r * f.v_steps * 32);
     }
+    if (f.prefetch) {
+      const Tensor* inputs[] = {&f.p.q, &f.p.dout, &f.p.out};
+      for (const Tensor* t : inputs) {
+        const int64_t next = to_next_head(*t, b, h, f.Hkv);
+        const int t_steps = t == &f.p.q ? f.steps : f.v_steps;
+        for (int r = 0; r < count; ++r) prefetch_row(at(*t, row0 + r) + next, t_steps);
+      }
+    }
     f.p.range.lo.fill(row0, count, f.G, f.Nk, m.lo);
     f.p.range.hi.fill(row0, count, f.G, f.Nk, m.hi);
     for (int r = 0; r < count; ++r) {
@@ -215,7 +232,7 @@ struct Task {
         }
         for (int e = 0; e < 16 && r + e < count; ++e)
           store_scaled(const_cast<bf16*>(at(f.p.dq, row0 + r + e)) + s * 32, f.D - s * 32,
-                       _mm512_castsi512_ps(x[0][e]), _mm512_castsi512_ps(x[1][e]), scale);
+                       _mm512_castsi512_ps(x[0][e]), _mm512_castsi512_ps(x[1][e]), scale, f.stream_dq);
       }
     }
   }
@@ -227,6 +244,13 @@ struct Task {
     const bf16* k0 = k.as<bf16>() + b * k.stride[0] + h * k.stride[1] + j0 * k.stride[2];
     const bf16* v0 = v.as<bf16>() + b * v.stride[0] + h * v.stride[1] + j0 * v.stride[2];
     const __m512i none = _mm512_setzero_si512();
+    if (f.prefetch) {
+      const int64_t next_k = to_next_head(k, b, h, f.Hkv), next_v = to_next_head(v, b, h, f.Hkv);
+      for (int j = 0; j < n; ++j) {
+        prefetch_row(k0 + next_k + j * k.stride[2], f.steps);
+        prefetch_row(v0 + next_v + j * v.stride[2], f.v_steps);
+      }
+    }
     for (int j = 0; j < n; ++j) {
       copy_row(k0 + j * k.stride[2], f.D, f.steps, none, m.k + j * f.steps * 32);
       copy_row(v0 + j * v.stride[2], f.Dv, f.v_steps, none, m.v + j * f.v_steps * 32);
@@ -493,7 +517,7 @@ struct Task {
 
 // dK and dV of a strip of 32 keys, from `parts` sums that lie `distance` floats apart.
 void store_strip(const Tensor& to, int64_t b, int64_t h, int64_t j0, int64_t n_keys, int steps, const float* sum,
-                 int64_t distance, int64_t parts, float scale) {
+                 int64_t distance, int64_t parts, float scale, bool stream) {
   const int dim = static_cast<int>(to.size[3]);
   const __m512 factor = _mm512_set1_ps(scale);
   for (int j = 0; j < 32 && j0 + j < n_keys; ++j) {
@@ -505,7 +529,7 @@ void store_strip(const Tensor& to, int64_t b, int64_t h, int64_t j0, int64_t n_k
         low = _mm512_add_ps(low, _mm512_load_ps(tile));
         high = _mm512_add_ps(high, _mm512_load_ps(tile + kTileC));
       }
-      store_scaled(row + 32 * s, dim - 32 * s, low, high, factor);
+      store_scaled(row + 32 * s, dim - 32 * s, low, high, factor, stream);
     }
   }
 }
@@ -540,19 +564,20 @@ void attention_backward(const AttentionParams& p) {
           std::memset(dv_strip, 0, 4 * 32 * f.v_steps * 32);
         }
         if (sums) continue;
-        store_strip(p.dk, b, h, j0, f.Nk, f.steps, dk_strip, 0, 1, scale);
-        store_strip(p.dv, b, h, j0, f.Nk, f.v_steps, dv_strip, 0, 1, 1.f);
+        store_strip(p.dk, b, h, j0, f.Nk, f.steps, dk_strip, 0, 1, scale, f.stream_dk);
+        store_strip(p.dv, b, h, j0, f.Nk, f.v_steps, dv_strip, 0, 1, 1.f, f.stream_dv);
       }
     }
+    _mm_sfence();  // streamed stores become visible to the thread that goes on
     if (sums) {
       const int64_t strips = f.keys / 32, distance = k_size + v_size;
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < heads * strips; ++t) {
         const int64_t head = t / strips, j0 = t % strips * 32;
         const float* dk = sums + head * f.splits * distance;
-        store_strip(p.dk, head / f.Hkv, head % f.Hkv, j0, f.Nk, f.steps, dk + j0 * f.steps * 32, distance, f.splits, scale);
+        store_strip(p.dk, head / f.Hkv, head % f.Hkv, j0, f.Nk, f.steps, dk + j0 * f.steps * 32, distance, f.splits, scale, f.stream_dk);
         store_strip(p.dv, head / f.Hkv, head % f.Hkv, j0, f.Nk, f.v_steps, dk + k_size + j0 * f.v_steps * 32, distance,
-                    f.splits, 1.f);
+                    f.splits, 1.f, f.stream_dv);
       }
     }
   }

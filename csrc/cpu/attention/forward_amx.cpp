@@ -32,13 +32,6 @@ constexpr int kProbStride = kKeys + 32;
 constexpr float kSlack = 8.f;
 constexpr float kLowest = -3e38f;  // the maximum before any key: finite, so that -inf - max is never NaN
 constexpr int64_t kSharedPackBytes = 256 << 20;
-constexpr int64_t kStreamBytes = 4 << 20;
-
-bool whole_lines(const Tensor& t) {
-  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 64 == 0 && t.size[3] % 32 == 0;
-  for (int d = 0; d < 3; ++d) aligned = aligned && t.stride[d] % 32 == 0;
-  return aligned;
-}
 
 // ---- scores: 16 rows x 16 NT keys ----
 
@@ -152,7 +145,7 @@ struct Forward {
         rows(Nq * G),
         blocks((rows + kRows - 1) / kRows),
         share(blocks > 1),
-        stream(!share && params.out.span_bytes() >= kStreamBytes && whole_lines(params.out)),
+        stream(!share && worth_streaming(params.out)),
         o_stride(v_steps * 32 + 16),
         flip(_mm512_set1_epi16(params.scale < 0 ? static_cast<int16_t>(0x8000) : 0)),
         scale(std::fabs(static_cast<float>(params.scale))) {}
@@ -188,17 +181,11 @@ struct Forward {
     return p.v.as<bf16>() + b * p.v.stride[0] + h * p.v.stride[1] + j * p.v.stride[2];
   }
 
-  // The distance from a head of t to the one that the thread takes next, in elements.
-  int64_t to_next(const Tensor& t, int64_t b, int64_t h, int64_t heads_each) const {
-    if (h + 1 < Hkv) return heads_each * t.stride[1];
-    return b + 1 < B ? t.stride[0] - h * heads_each * t.stride[1] : 0;
-  }
-
   // The keys [j0, j0 + 32) into their packed places.
   void pack_keys(int64_t b, int64_t h, int64_t j0, bf16* k, bf16* v) const {
     const int n = static_cast<int>(Nk - j0 < 32 ? Nk - j0 : 32);
     if (!share) {
-      const int64_t next_k = to_next(p.k, b, h, 1), next_v = to_next(p.v, b, h, 1);
+      const int64_t next_k = to_next_head(p.k, b, h, Hkv), next_v = to_next_head(p.v, b, h, Hkv);
       for (int j = 0; j < n; ++j) {
         prefetch_row(key_row(b, h, j0 + j) + next_k, steps);
         prefetch_row(value_row(b, h, j0 + j) + next_v, v_steps);
@@ -238,7 +225,7 @@ struct Task {
     const Tensor &q = f.p.q, &out = f.p.out;
     f.p.range.lo.fill(row0, count, f.G, f.Nk, m.lo);
     f.p.range.hi.fill(row0, count, f.G, f.Nk, m.hi);
-    const int64_t next_q = f.share ? 0 : f.to_next(q, b, h, f.G);
+    const int64_t next_q = f.share ? 0 : to_next_head(q, b, h, f.Hkv);
     for (int r = 0; r < count; ++r) {
       const int64_t i = query(r), hq = head(r);
       const bf16* row = q.as<bf16>() + b * q.stride[0] + hq * q.stride[1] + i * q.stride[2];
