@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    machine.keep_freed_memory()
     LATEST.parent.mkdir(parents=True, exist_ok=True)
     config.option.benchmark_json = config.option.benchmark_json or str(LATEST)
     # torch.compile imports a deprecated part of PyTorch itself.
