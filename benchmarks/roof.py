@@ -39,7 +39,7 @@ def measure_roof(device: str, dtypes: Iterable[torch.dtype]) -> Roof:
         def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
             torch.mm(a, b, out=out)
 
-        flops[dtype_name(dtype)] = 2 * n**3 / quickest(clock, product, calls=5)
+        flops[dtype_name(dtype)] = 2 * n**3 / quickest(clock, product, calls=10)
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return Roof(flops, 2 * copied / quickest(clock, lambda: target.copy_(source), calls=5))
+    return Roof(flops, 2 * copied / quickest(clock, lambda: target.copy_(source), calls=10))
