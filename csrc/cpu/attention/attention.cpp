@@ -1,6 +1,9 @@
 #include "attention.h"
 
+#include <cstring>
+
 #include "../isa.h"
+#include "../scratch.h"
 
 namespace hierkernels {
 namespace {
@@ -30,6 +33,13 @@ Kernels kernels_for(const AttentionParams& p) {
 }  // namespace
 
 void attention_forward(const AttentionParams& p) { kernels_for(p).forward(p); }
-void attention_backward(const AttentionParams& p) { kernels_for(p).backward(p); }
+void attention_backward(const AttentionParams& p) {
+  if (p.dbias) {  // kernels add to it
+    const size_t bytes = static_cast<size_t>(p.dbias.span_bytes());
+    advise_huge_pages(p.dbias.data, bytes);
+    std::memset(p.dbias.data, 0, bytes);
+  }
+  kernels_for(p).backward(p);
+}
 
 }  // namespace hierkernels

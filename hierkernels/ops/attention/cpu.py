@@ -52,7 +52,7 @@ def backward(
     dbias = None
     if bias_grad:
         assert call.bias is not None
-        dbias = torch.zeros(call.bias.shape, dtype=call.lse_dtype)
+        dbias = torch.empty(call.bias.shape, dtype=call.lse_dtype)
     dlse = dlse.to(call.lse_dtype).contiguous() if dlse is not None else None
     native().attention_backward(*_problem(call), out, lse, dout, dlse, dq, dk, dv, dbias)
     return dq, dk, dv, dbias
