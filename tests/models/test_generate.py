@@ -192,6 +192,7 @@ def test_a_token_is_one_position_of_the_finest_stage(monkeypatch: pytest.MonkeyP
     assert queries == expected
 
 
+@pytest.mark.slow
 def test_ten_times_faster_than_recomputing() -> None:
     """512 tokens on one core, in processor time so that a busy machine does not matter.
 
