@@ -6,7 +6,6 @@ Nothing here names a host, a user or a path.
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import platform
 import re
 import subprocess
@@ -16,20 +15,10 @@ from typing import Any
 import torch
 
 import hierkernels as hk
+from hierkernels.info import cpu_model, package_version
 from hierkernels.native import native
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def isa() -> str:
@@ -38,13 +27,6 @@ def isa() -> str:
     if core is not None:
         return core.cpu_isa()
     return torch.backends.cpu.get_cpu_capability().lower()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def machine_info(device: str) -> dict[str, Any]:
@@ -60,7 +42,7 @@ def machine_info(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "hierkernels": hk.__version__,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": package_version("triton"),
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())

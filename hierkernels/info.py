@@ -16,14 +16,16 @@ from hierkernels.version import __version__
 Section = tuple[str, list[tuple[str, str]]]
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -34,12 +36,12 @@ def _cpu_model() -> str:
 
 def _versions() -> Section:
     rows = [("hierkernels", __version__), ("python", platform.python_version())]
-    rows += [("torch", torch.__version__), ("triton", _version("triton"))]
+    rows += [("torch", torch.__version__), ("triton", package_version("triton"))]
     return "versions", [*rows, ("system", f"{platform.system()} {platform.machine()}")]
 
 
 def _devices() -> Section:
-    rows = [("cpu", f"{_cpu_model()}, {torch.get_num_threads()} threads")]
+    rows = [("cpu", f"{cpu_model()}, {torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30

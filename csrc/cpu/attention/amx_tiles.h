@@ -212,11 +212,10 @@ HK_INLINE int64_t to_next_head(const Tensor& t, int64_t b, int64_t h, int64_t kv
 }
 
 // Whether to write a result past the caches: it is large, and its rows are whole cache lines.
-constexpr int64_t kStreamBytes = 4 << 20;
 HK_INLINE bool worth_streaming(const Tensor& t) {
   bool aligned = reinterpret_cast<uintptr_t>(t.data) % 64 == 0 && t.size[3] % 32 == 0;
   for (int d = 0; d < 3; ++d) aligned = aligned && t.stride[d] % 32 == 0;
-  return aligned && t.span_bytes() >= kStreamBytes;
+  return aligned && static_cast<size_t>(t.span_bytes()) >= kLargeOutput;
 }
 
 HK_INLINE void zero_row(int steps, bf16* out) {

@@ -9,7 +9,7 @@
 #include <omp.h>
 
 #include <cmath>
-#include <cstring>
+#include <utility>
 
 #define HK_ISA amx
 #include "../scratch.h"
@@ -174,25 +174,19 @@ struct Forward {
             layout.at<int32_t>(base, hi)};
   }
 
-  const bf16* key_row(int64_t b, int64_t h, int64_t j) const {
-    return p.k.as<bf16>() + b * p.k.stride[0] + h * p.k.stride[1] + j * p.k.stride[2];
-  }
-  const bf16* value_row(int64_t b, int64_t h, int64_t j) const {
-    return p.v.as<bf16>() + b * p.v.stride[0] + h * p.v.stride[1] + j * p.v.stride[2];
-  }
-
   // The keys [j0, j0 + 32) into their packed places.
   void pack_keys(int64_t b, int64_t h, int64_t j0, bf16* k, bf16* v) const {
     const int n = static_cast<int>(Nk - j0 < 32 ? Nk - j0 : 32);
+    const int64_t ks = p.k.stride[2], vs = p.v.stride[2];
+    const bf16* k0 = p.k.as<bf16>() + b * p.k.stride[0] + h * p.k.stride[1] + j0 * ks;
+    const bf16* v0 = p.v.as<bf16>() + b * p.v.stride[0] + h * p.v.stride[1] + j0 * vs;
     if (!share) {
       const int64_t next_k = to_next_head(p.k, b, h, Hkv), next_v = to_next_head(p.v, b, h, Hkv);
       for (int j = 0; j < n; ++j) {
-        prefetch_row(key_row(b, h, j0 + j) + next_k, steps);
-        prefetch_row(value_row(b, h, j0 + j) + next_v, v_steps);
+        prefetch_row(k0 + j * ks + next_k, steps);
+        prefetch_row(v0 + j * vs + next_v, v_steps);
       }
     }
-    const bf16 *k0 = key_row(b, h, j0), *v0 = value_row(b, h, j0);
-    const int64_t ks = p.k.stride[2], vs = p.v.stride[2];
     pack_transposed([=](int i) { return k0 + i * ks; }, n, D, steps, k);
     if (n > 16) pack_transposed([=](int i) { return k0 + (16 + i) * ks; }, n - 16, D, steps, k + 16 * steps * 32);
     pack_rows([=](int i) { return v0 + i * vs; }, n, Dv, v_steps, v);

@@ -12,7 +12,7 @@ from hierkernels import dispatch
 from hierkernels.key_range import KeyRange
 from hierkernels.ops.attention import reference
 from hierkernels.ops.attention import schema as schema  # registers the operators
-from hierkernels.ops.attention.call import AttentionCall
+from hierkernels.ops.attention.call import AttentionCall, unit_stride
 
 _NUMBERS = (int, float, numbers.Real, torch.SymInt, torch.SymFloat)
 _UNLIMITED = 2**62  # a window this wide has no end: beyond it, bounds would overflow 64 bits
@@ -112,10 +112,6 @@ def _check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def _unit_stride(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def make_call(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -190,7 +186,7 @@ def make_call(
         if not -math.inf < scale < math.inf:
             raise ValueError(f"scale must be finite, got {scale}")
     return AttentionCall(
-        _unit_stride(q), _unit_stride(k), _unit_stride(v), attn_bias, attn_mask, key_padding_mask,
+        unit_stride(q), unit_stride(k), unit_stride(v), attn_bias, attn_mask, key_padding_mask,
         dropout_seed if dropout_p else None,
         key_range.canonical(), scale, softcap or 0.0, dropout_p,
     )  # fmt: skip

@@ -9,6 +9,19 @@ import torch
 from hierkernels.key_range import KeyRange
 
 
+def unit_stride(t: torch.Tensor) -> torch.Tensor:
+    """t, copied if its channels are not next to one another."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _new_like(t: torch.Tensor, channels: int) -> torch.Tensor:
+    """Uninitialised, with t's order of heads and tokens in memory and the last stride 1."""
+    B, H, N, _ = t.shape
+    if t.stride(1) < t.stride(2):
+        return t.new_empty(B, N, H, channels).transpose(1, 2)
+    return t.new_empty(B, H, N, channels)
+
+
 @dataclass(slots=True)
 class AttentionCall:
     """The arguments of one call; shapes are checked, broadcastable tensors have four dimensions."""
@@ -40,21 +53,10 @@ class AttentionCall:
 
     def new_outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Uninitialised (out, lse); out takes over q's order of heads and tokens in memory."""
-        B, H, N, _ = self.q.shape
-        Dv = self.v.shape[-1]
-        if self.q.stride(1) < self.q.stride(2):
-            out = self.q.new_empty(B, N, H, Dv).transpose(1, 2)
-        else:
-            out = self.q.new_empty(B, H, N, Dv)
-        return out, self.q.new_empty(B, H, N, dtype=self.lse_dtype)
+        lse = self.q.new_empty(self.q.shape[:3], dtype=self.lse_dtype)
+        return _new_like(self.q, self.v.shape[-1]), lse
 
     def new_gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Uninitialised (dq, dk, dv), in the memory order of q, k and v, last stride 1."""
-
-        def like(t: torch.Tensor) -> torch.Tensor:
-            B, H, N, D = t.shape
-            if t.stride(1) < t.stride(2):
-                return t.new_empty(B, N, H, D).transpose(1, 2)
-            return t.new_empty(B, H, N, D)
-
-        return like(self.q), like(self.k), like(self.v)
+        D, Dv = self.q.shape[-1], self.v.shape[-1]
+        return _new_like(self.q, D), _new_like(self.k, D), _new_like(self.v, Dv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from hierkernels import dispatch
 from hierkernels.key_range import KeyRange
 from hierkernels.library import LIBRARY
-from hierkernels.ops.attention.call import AttentionCall
+from hierkernels.ops.attention.call import AttentionCall, unit_stride
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? padding, Tensor? seed, "
@@ -28,16 +29,13 @@ def _call(args: tuple) -> AttentionCall:
     return AttentionCall(q, k, v, bias, mask, padding, seed, key_range, scale, softcap, dropout_p)
 
 
-def _unit_stride(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+def _backend(call: AttentionCall, asked: str) -> ModuleType:
+    return dispatch.load_backend("attention", dispatch.resolve("attention", call, asked).backend)
 
 
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = _call(args[:11])
-    module = dispatch.load_backend(
-        "attention", dispatch.resolve("attention", call, args[11]).backend
-    )
-    return module.forward(call)
+    return _backend(call, args[11]).forward(call)
 
 
 def _fake_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,10 +45,9 @@ def _fake_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
     call = _call(args[:11])
     out, lse, dout, dlse, bias_grad, backend = args[11:]
-    module = dispatch.load_backend(
-        "attention", dispatch.resolve("attention", call, backend).backend
+    *grads, dbias = _backend(call, backend).backward(
+        call, out, lse, unit_stride(dout), dlse, bias_grad
     )
-    *grads, dbias = module.backward(call, out, lse, _unit_stride(dout), dlse, bias_grad)
     if dbias is None:
         return *grads, call.q.new_empty(0)
     assert call.bias is not None
