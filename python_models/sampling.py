@@ -28,10 +28,14 @@ class Recomputation:
         self.limit = limit
         self.sequence: Tensor | None = None
 
-    def append(self, ids: Tensor) -> Tensor:
-        """As :meth:`Reader.append`."""
+    def remember(self, ids: Tensor) -> None:
+        """Adds tokens ``ids (B, N)`` that nothing is to be predicted after."""
         ids = ids if self.sequence is None else torch.cat((self.sequence, ids), dim=1)
         self.sequence = ids if self.limit is None else ids[:, -self.limit :]
+
+    def append(self, ids: Tensor) -> Tensor:
+        """As :meth:`Reader.append`."""
+        self.remember(ids)
         return self.model(self.sequence)[:, -1]
 
 
