@@ -70,7 +70,9 @@ class RoofMeter:
 
     def _copy(self, rounds: int) -> None:
         nbytes = COPIED[self.device]
-        source = torch.ones(nbytes, dtype=torch.uint8, device=self.device)  # zeros: no memory behind
+        source = torch.ones(
+            nbytes, dtype=torch.uint8, device=self.device
+        )  # zeros: no memory behind
         target = torch.zeros_like(source)
         for _ in range(rounds):
             seconds = self.clock.sample(lambda: target.copy_(source))
