@@ -97,11 +97,11 @@ def measurements(
     groups = {params["group"] for params in _parameters(request) if "group" in params}
     dtypes = sorted({group.dtype for group in groups}, key=str)
     say("roof: measuring large matrix products and a large copy")
-    meter = config.stash[_roof] = RoofMeter(config.getoption("device"))
-    meter.probe(dtypes, long=True)
+    meter = config.stash[_roof] = RoofMeter(config.getoption("device"), dtypes)
+    meter.probe()
     say(f"roof: {meter.roof}")
     yield Measurements(meter, config.getoption("seconds"), say, len(groups))
-    meter.probe(dtypes, long=True)
+    meter.probe()
     say(f"roof: {meter.roof}")
 
 

@@ -85,7 +85,7 @@ class Measurements:
             self._problem = None  # frees the old one first
             torch.compiler.reset()
             gc.collect()
-            self.roof.probe([group.dtype])
+            self.roof.probe_again()
             self._problem = (key, group.suite.problem(group.case, group.dtype, self.device))
         return self._problem[1]
 

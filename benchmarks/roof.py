@@ -10,7 +10,8 @@ when the run is over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from hierkernels.ops.attention.spec import dtype_name
 
 SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # n of (n, n) matrices
 COPIED = {"cpu": 2**29, "cuda": 2**31}  # bytes, beyond any cache
-LONG_ROUNDS, SHORT_ROUNDS = 4, 2  # a round is one product of each size, or one copy
+LONG_ROUNDS, SHORT_ROUNDS = 5, 2  # a round is one product of each size, or one copy
+PROBE_EVERY_S = 15.0  # while a run lasts
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,31 @@ class Roof:
 class RoofMeter:
     """The best rates seen so far."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.clock = device, make_clock(device)
-        self.flops: dict[str, float] = {}
+    def __init__(self, device: str, dtypes: Iterable[torch.dtype]) -> None:
+        self.device, self.dtypes, self.clock = device, tuple(dtypes), make_clock(device)
+        self.flops = {dtype_name(dtype): 0.0 for dtype in self.dtypes}
         self.copy = 0.0
+        self.probed = 0.0  # when, in seconds of the monotonic clock
 
     @property
     def roof(self) -> Roof:
         return Roof(dict(self.flops), self.copy)
 
-    def probe(self, dtypes: Iterable[torch.dtype], long: bool = False) -> None:
-        """Some products of each dtype and some copies; `long` for the start and end of a run."""
-        sizes = SIZES[self.device]
-        for dtype in dtypes:
-            for n in sizes if long else sizes[:-1]:
-                self._product(n, dtype, LONG_ROUNDS if long else SHORT_ROUNDS)
-        self._copy(LONG_ROUNDS if long else SHORT_ROUNDS)
+    def probe(self) -> None:
+        """Products of every size, and copies: at the start and the end of a run."""
+        self._probe(SIZES[self.device], LONG_ROUNDS)
+
+    def probe_again(self) -> None:
+        """Some of that, between groups; nothing if the last probe was a short while ago."""
+        if time.monotonic() - self.probed > PROBE_EVERY_S:
+            self._probe(SIZES[self.device][:-1], SHORT_ROUNDS)
+
+    def _probe(self, sizes: Sequence[int], rounds: int) -> None:
+        for dtype in self.dtypes:
+            for n in sizes:
+                self._product(n, dtype, rounds)
+        self._copy(rounds)
+        self.probed = time.monotonic()
 
     def _product(self, n: int, dtype: torch.dtype, rounds: int) -> None:
         a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
@@ -66,13 +77,12 @@ class RoofMeter:
         for _ in range(rounds + 1):  # the first pays for the library's start
             seconds = self.clock.sample(lambda: torch.mm(a, b, out=out))
             name = dtype_name(dtype)
-            self.flops[name] = max(self.flops.get(name, 0.0), 2 * n**3 / seconds)
+            self.flops[name] = max(self.flops[name], 2 * n**3 / seconds)
 
     def _copy(self, rounds: int) -> None:
         nbytes = COPIED[self.device]
-        source = torch.ones(
-            nbytes, dtype=torch.uint8, device=self.device
-        )  # zeros: no memory behind
+        # Ones: behind zeros that nobody wrote there may be no memory.
+        source = torch.ones(nbytes, dtype=torch.uint8, device=self.device)
         target = torch.zeros_like(source)
         for _ in range(rounds):
             seconds = self.clock.sample(lambda: target.copy_(source))
