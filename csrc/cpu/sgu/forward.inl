@@ -47,65 +47,68 @@ HK_INLINE F bias_of(const Tensor& bias, int64_t h, int64_t row) {
   }
 }
 
-template <class F, class T>
+template <class Engine, class T>
 class Forward {
  public:
   explicit Forward(const SguParams& params)
-      : p(params), s(params), mix(s, params.weight, false), tasks(s, kStrip<F>, mix.blocks()) {
+      : p(params), s(params), mix(s, params.weight, false), tasks(s, Engine::kStrip, mix.blocks()) {
     with_activation(p.activation, [&]<Activation A>() { finish = finish_row<A, F, T>; });
   }
   void run() { s.look_back ? run_windowed() : run_global(); }
 
  private:
+  using E = typename Engine::Element;
+  using F = typename Engine::Sum;
+
   const SguParams& p;
   const SguShape s;
-  Mix<F> mix;
+  Mix<Engine> mix;
   MixTasks tasks;
   void (*finish)(const SguParams&, const SguShape&, int64_t, int64_t, F, const F*, int64_t, int64_t);
 
-  int64_t chunk_floats() const { return tasks.chunk_strips * kStrip<F>; }
-  int64_t c_stride() const { return chunk_floats() + kWidth<F>; }  // off the powers of two
+  int64_t chunk_columns() const { return tasks.chunk_strips * Engine::kStrip; }
+  int64_t columns_of(int64_t chunk) const { return min_of(chunk_columns(), s.columns - chunk * chunk_columns()); }
 
   void finish_block(int64_t h, int64_t bucket, int64_t block, int64_t chunk, const F* c) const {
-    const int64_t row = block * kBlockRows, rows = min_of(kBlockRows, s.tokens(bucket) - row);
-    const int64_t column = chunk * chunk_floats(), count = min_of(chunk_floats(), s.columns - column);
+    const int64_t row = block * Engine::kBlockRows, rows = min_of(Engine::kBlockRows, s.tokens(bucket) - row);
     for (int64_t r = 0; r < rows; ++r)
-      finish(p, s, h, bucket * s.w + row + r, bias_of<F>(p.bias, h, row + r), c + r * c_stride(), column, count);
+      finish(p, s, h, bucket * s.w + row + r, bias_of<F>(p.bias, h, row + r), c + r * kChunkStride,
+             chunk * chunk_columns(), columns_of(chunk));
   }
 
   // The gate of a head is packed once and read by all blocks of rows.
   void run_global() {
-    const int64_t strip_floats = s.N * kStrip<F>;
-    ScratchLayout layout;
-    const auto at = layout.add(static_cast<size_t>(tasks.strips * strip_floats) * sizeof(F));
-    F* const strips = reinterpret_cast<F*>(thread_scratch(ScratchUse::kShared, layout.total()) + at);
+    const int64_t strip_size = mix.strip_size();
+    Parts shared;
+    const auto strips_at = shared.template of<E>(tasks.strips * strip_size);
+    E* const strips = part<E>(thread_scratch(ScratchUse::kShared, shared.total()), strips_at);
 #pragma omp parallel
     {
-      ScratchLayout own;
-      const auto c_at = own.add(static_cast<size_t>(kBlockRows * c_stride()) * sizeof(F));
-      const auto panels_at = own.add(static_cast<size_t>(mix.panel_floats()) * sizeof(F));
-      const auto row_at = own.add(static_cast<size_t>(chunk_floats() + kStrip<F>) * sizeof(F));
+      Parts own;
+      const auto c_at = own.template of<F>(Engine::kBlockRows * kChunkStride);
+      const auto panels_at = own.template of<E>(mix.panels_size());
+      const auto lines_at = own.template of<E>(Engine::kGroup * chunk_columns());
       char* base = thread_scratch(ScratchUse::kTask, own.total());
-      F* const c = reinterpret_cast<F*>(base + c_at);
-      F* const row = reinterpret_cast<F*>(base + row_at);
-      Mix<F> product = mix;
+      F* const c = part<F>(base, c_at);
+      Mix<Engine> product = mix;
+      const typename Engine::Session session;
       for (int64_t h = 0; h < s.H; ++h) {
         constexpr int64_t kRows = 64;
         const int64_t parts = ceil_div(s.N, kRows);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < parts * tasks.chunks; ++task) {
-          const int64_t first = task % parts * kRows, chunk = task / parts, column = chunk * chunk_floats();
-          pack_strips<F, T>(p.gate, s, h, first, min_of(kRows, s.N - first), column,
-                            min_of(chunk_floats(), s.columns - column), row,
-                            strips + chunk * tasks.chunk_strips * strip_floats + first * kStrip<F>, s.N);
+          const int64_t first = task % parts * kRows, chunk = task / parts;
+          pack_strips<Engine, T>(p.gate, s, h, first, min_of(kRows, s.N - first), first, chunk * chunk_columns(),
+                                 columns_of(chunk), part<E>(base, lines_at),
+                                 strips + chunk * tasks.chunk_strips * strip_size, strip_size);
         }
-        product.begin(h, reinterpret_cast<F*>(base + panels_at));
+        product.begin(h, part<E>(base, panels_at));
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < tasks.blocks * tasks.chunks; ++task) {
-          const int64_t block = tasks.blocks - 1 - task / tasks.chunks, chunk = task % tasks.chunks;  // the longest first
+        for (int64_t task = 0; task < mix.blocks() * tasks.chunks; ++task) {
+          const int64_t block = mix.blocks() - 1 - task / tasks.chunks, chunk = task % tasks.chunks;  // the longest first
           const int64_t first = chunk * tasks.chunk_strips;
           product.multiply_block(0, block, min_of(tasks.chunk_strips, tasks.strips - first),
-                                 [&](int64_t) { return strips + first * strip_floats; }, c, c_stride());
+                                 [&](int64_t) { return strips + first * strip_size; }, c, kChunkStride);
           finish_block(h, 0, block, chunk, c);
         }
       }
@@ -114,34 +117,33 @@ class Forward {
 
   // A task packs the gate of its buckets itself, one after another: two are in cache.
   void run_windowed() {
-    const int64_t bucket_floats = tasks.chunk_strips * s.w * kStrip<F>;
+    const int64_t bucket_size = tasks.chunk_strips * mix.strip_size();
 #pragma omp parallel
     {
-      ScratchLayout own;
-      const auto c_at = own.add(static_cast<size_t>(kBlockRows * c_stride()) * sizeof(F));
-      const auto panels_at = own.add(static_cast<size_t>(mix.panel_floats()) * sizeof(F));
-      const auto row_at = own.add(static_cast<size_t>(chunk_floats() + kStrip<F>) * sizeof(F));
-      const auto strips_at = own.add(static_cast<size_t>(2 * bucket_floats) * sizeof(F));
+      Parts own;
+      const auto c_at = own.template of<F>(Engine::kBlockRows * kChunkStride);
+      const auto panels_at = own.template of<E>(mix.panels_size());
+      const auto lines_at = own.template of<E>(Engine::kGroup * chunk_columns());
+      const auto strips_at = own.template of<E>(2 * bucket_size);
       char* base = thread_scratch(ScratchUse::kTask, own.total());
-      F* const c = reinterpret_cast<F*>(base + c_at);
-      F* const row = reinterpret_cast<F*>(base + row_at);
-      F* const strips = reinterpret_cast<F*>(base + strips_at);
-      Mix<F> product = mix;
+      F* const c = part<F>(base, c_at);
+      E* const strips = part<E>(base, strips_at);
+      Mix<Engine> product = mix;
+      const typename Engine::Session session;
       int64_t packed_head = -1;
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < s.H * tasks.chunks * tasks.ranges; ++task) {
         const int64_t range = task % tasks.ranges, chunk = task / tasks.ranges % tasks.chunks;
-        const int64_t h = task / (tasks.ranges * tasks.chunks);
-        const int64_t column = chunk * chunk_floats(), count = min_of(chunk_floats(), s.columns - column);
-        const int64_t n_strips = ceil_div(count, kStrip<F>);
-        const auto bucket_strips = [&](int64_t bucket) { return strips + bucket % 2 * bucket_floats; };
-        if (h != packed_head) product.begin(packed_head = h, reinterpret_cast<F*>(base + panels_at));
+        const int64_t h = task / (tasks.ranges * tasks.chunks), n_strips = ceil_div(columns_of(chunk), Engine::kStrip);
+        const auto bucket_strips = [&](int64_t bucket) { return strips + bucket % 2 * bucket_size; };
+        if (h != packed_head) product.begin(packed_head = h, part<E>(base, panels_at));
         const int64_t begin = range * tasks.range, end = min_of(begin + tasks.range, s.buckets);
         for (int64_t bucket = max_of(begin - 1, 0); bucket < end; ++bucket) {
-          pack_strips<F, T>(p.gate, s, h, bucket * s.w, s.tokens(bucket), column, count, row, bucket_strips(bucket), s.w);
+          pack_strips<Engine, T>(p.gate, s, h, bucket * s.w, s.tokens(bucket), 0, chunk * chunk_columns(),
+                                 columns_of(chunk), part<E>(base, lines_at), bucket_strips(bucket), mix.strip_size());
           if (bucket < begin) continue;
-          for (int64_t block = 0; block * kBlockRows < s.tokens(bucket); ++block) {
-            product.multiply_block(bucket, block, n_strips, bucket_strips, c, c_stride());
+          for (int64_t block = 0; block * Engine::kBlockRows < s.tokens(bucket); ++block) {
+            product.multiply_block(bucket, block, n_strips, bucket_strips, c, kChunkStride);
             finish_block(h, bucket, block, chunk, c);
           }
         }

@@ -2,6 +2,7 @@
 #pragma once
 #include "backward.inl"
 #include "forward.inl"
+#include "simd_engine.h"
 
 namespace hierkernels {
 namespace HK_ISA {
@@ -9,26 +10,26 @@ namespace HK_ISA {
 void sgu_forward(const SguParams& p) {
   switch (p.gate.dtype) {
     case DType::kFloat64:
-      return Forward<double, double>(p).run();
+      return Forward<SimdEngine<double>, double>(p).run();
     case DType::kBFloat16:
-      return Forward<float, BFloat16>(p).run();
+      return Forward<SimdEngine<float>, BFloat16>(p).run();
     case DType::kFloat16:
-      return Forward<float, Float16>(p).run();
+      return Forward<SimdEngine<float>, Float16>(p).run();
     default:
-      return Forward<float, float>(p).run();
+      return Forward<SimdEngine<float>, float>(p).run();
   }
 }
 
 void sgu_backward(const SguParams& p) {
   switch (p.gate.dtype) {
     case DType::kFloat64:
-      return Backward<double, double>(p).run();
+      return Backward<SimdEngine<double>, double>(p).run();
     case DType::kBFloat16:
-      return Backward<float, BFloat16>(p).run();
+      return Backward<SimdEngine<float>, BFloat16>(p).run();
     case DType::kFloat16:
-      return Backward<float, Float16>(p).run();
+      return Backward<SimdEngine<float>, Float16>(p).run();
     default:
-      return Backward<float, float>(p).run();
+      return Backward<SimdEngine<float>, float>(p).run();
   }
 }
 

@@ -14,60 +14,77 @@ struct GradientRange {
   int64_t row, rows, first, strips, split;
 };
 
-template <class F>
+template <class Engine>
 class WeightGradient {
  public:
+  using E = typename Engine::Element;
+  using F = typename Engine::Sum;
+  static constexpr int64_t S = Engine::kStrip;
+
   int64_t splits = 1;  // of the buckets; their partial sums are added in order
 
   WeightGradient(const SguShape& shape, const Tensor& dweight)
-      : s_(shape), half_(ceil_div(shape.w, kStrip<F>)), all_(half_ * (shape.look_back ? 2 : 1)) {
-    constexpr int64_t most = kChunkColumns / kStrip<F>;
-    chunks_ = ceil_div(all_, most);
-    blocks_ = ceil_div(s_.w, kBlockRows);
+      : s_(shape), half_(ceil_div(shape.w, S)), all_(half_ * (shape.look_back ? 2 : 1)) {
+    chunks_ = ceil_div(all_, kChunkColumns / S);
+    blocks_ = ceil_div(s_.w, Engine::kBlockRows);
     const int64_t threads = omp_get_max_threads();
     if (dweight && threads > 1) splits = max_of(1, min_of(s_.buckets, 2 * threads / (blocks_ * chunks_)));
   }
 
-  int64_t terms() const { return ceil_div(s_.columns, kStrip<F>) * kStrip<F>; }
-  int64_t columns() const { return all_ * kStrip<F>; }
-  int64_t gate_floats() const { return half_ * terms() * kStrip<F>; }  // of a bucket
-  int64_t panel_floats() const { return kBlockRows / kPanelRows * panel_stride<F>(kStepTerms<F>); }
-  int64_t partial_floats() const { return splits > 1 ? splits * s_.w * columns() : 0; }
+  int64_t terms() const { return round_to(s_.columns, S); }
+  int64_t columns() const { return all_ * S; }
+  int64_t gate_strip_size() const { return Engine::strip_size(terms()); }
+  int64_t gate_size() const { return half_ * gate_strip_size(); }  // of a bucket
+  int64_t panels_size() const { return Engine::kBlockRows / Engine::kPanel * Engine::panel_size(); }
+  int64_t partial_size() const { return splits > 1 ? splits * s_.w * columns() : 0; }
   int64_t tasks() const { return splits * blocks_ * chunks_; }
+  // Elements of a bucket's dmix as panels, for an engine that reads these.
+  int64_t tiled_size() const { return Engine::kTiledGradient ? round_to(s_.w, Engine::kPanel) * terms() : 0; }
 
-  // dmix: strips of rows; gate: strips of columns, [bucket][strip of tokens][column][kStrip].
-  GradientRange compute(int64_t task, const F* dmix, const F* gate, F* panels, F* c, int64_t c_stride) const {
-    constexpr int64_t most = kChunkColumns / kStrip<F>;
+  // dmix: strips of rows [bucket][strip][row][S], or panels (tiled_size) [bucket][panel][term][kPanel];
+  // gate: strips of columns [bucket][strip of tokens][term][S].
+  GradientRange compute(int64_t task, const E* dmix, const E* gate, E* panels, F* c) const {
+    constexpr int64_t most = kChunkColumns / S;
     const int64_t chunk = task % chunks_, block = task / chunks_ % blocks_, split = task / (chunks_ * blocks_);
-    GradientRange g{block * kBlockRows, 0, chunk * most, min_of(most, all_ - chunk * most), split};
-    g.rows = min_of(kBlockRows, s_.w - g.row);
-    for (int64_t r = 0; r < g.rows; ++r) memset(c + r * c_stride, 0, static_cast<size_t>(g.strips * kStrip<F>) * sizeof(F));
-    if (!s_.look_back && g.first * kStrip<F> >= g.row + g.rows) return g;  // above the diagonal
+    GradientRange g{block * Engine::kBlockRows, 0, chunk * most, min_of(most, all_ - chunk * most), split};
+    g.rows = min_of(Engine::kBlockRows, s_.w - g.row);
+    for (int64_t r = 0; r < g.rows; ++r) memset(c + r * kChunkStride, 0, static_cast<size_t>(g.strips * S) * sizeof(F));
+    if (!s_.look_back && g.first * S >= g.row + g.rows) return g;  // above the diagonal
     const int64_t end = s_.buckets * (split + 1) / splits;
     for (int64_t bucket = s_.buckets * split / splits; bucket < end; ++bucket) {
       const int64_t rows = min_of(g.rows, s_.tokens(bucket) - g.row);
       if (rows <= 0) continue;
-      const F* x = dmix + bucket * terms() * s_.w;
-      for (int64_t first = 0; first < terms(); first += kStepTerms<F>) {
-        const int64_t count = min_of(kStepTerms<F>, terms() - first);
-        pack_panels_of_rows(x, g.row, rows, first, count, panels);
+      for (int64_t first = 0; first < terms(); first += Engine::kStepTerms) {
+        const int64_t count = min_of(Engine::kStepTerms, terms() - first);
+        const E* a = panels;
+        int64_t a_size = Engine::panel_size();
+        if constexpr (Engine::kTiledGradient) {
+          a_size = terms() * Engine::kPanel;
+          a = dmix + bucket * tiled_size() + g.row / Engine::kPanel * a_size + first * Engine::kPanel;
+        } else {
+          Engine::strips_to_panels(dmix + bucket * terms() * s_.w, s_.w, g.row, rows, first, count, panels);
+        }
         for (int64_t i = 0; i < g.strips; ++i) {
           const int64_t strip = g.first + i;
           const bool own = !s_.look_back || strip >= half_;
           if (!own && bucket == 0) continue;
           const int64_t token_strip = own && s_.look_back ? strip - half_ : strip;
-          const F* y = gate + (own ? bucket : bucket - 1) * gate_floats() + (token_strip * terms() + first) * kStrip<F>;
-          multiply_strip(own ? token_strip * kStrip<F> - g.row : -1, rows, count, panels, y, c + i * kStrip<F>, c_stride);
+          const E* y = gate + (own ? bucket : bucket - 1) * gate_size() + token_strip * gate_strip_size() + first * S;
+          // Rows before the strip's first token see nothing of it.
+          const int64_t unseen = own ? max_of(token_strip * S - g.row, 0) / Engine::kPanel : 0;
+          for (int64_t p = unseen * Engine::kPanel; p < rows; p += Engine::kPanel)
+            Engine::multiply(min_of(Engine::kPanel, rows - p), a + p / Engine::kPanel * a_size, y, count,
+                             c + p * kChunkStride + i * S, kChunkStride, Update::kAdd);
         }
       }
     }
     return g;
   }
 
-  void keep(const GradientRange& g, const F* c, int64_t c_stride, F* partial) const {
+  void keep(const GradientRange& g, const F* c, F* partial) const {
     for (int64_t r = 0; r < g.rows; ++r)
-      memcpy(partial + (g.split * s_.w + g.row + r) * columns() + g.first * kStrip<F>, c + r * c_stride,
-             static_cast<size_t>(g.strips * kStrip<F>) * sizeof(F));
+      memcpy(partial + (g.split * s_.w + g.row + r) * columns() + g.first * S, c + r * kChunkStride,
+             static_cast<size_t>(g.strips * S) * sizeof(F));
   }
   // Adds a row of all splits into that of the first.
   GradientRange sum(int64_t row, F* partial) const {
@@ -83,50 +100,17 @@ class WeightGradient {
   const SguShape& s_;
   int64_t half_, all_;  // strips of a bucket's tokens, of all columns
   int64_t chunks_, blocks_;
-
-  // Rows of dmix as panels[column][row].
-  void pack_panels_of_rows(const F* dmix, int64_t row, int64_t rows, int64_t first, int64_t count, F* out) const {
-    constexpr int W = kWidth<F>, R = kPanelRows, S = kStrip<F>;
-    for (int64_t p = 0; p < rows; p += R, out += panel_stride<F>(kStepTerms<F>)) {
-      const int64_t n = min_of(R, rows - p);
-      for (int64_t t = 0; t < count; t += W) {
-        const F* x = dmix + ((first + t) / S * s_.w + row + p) * S + (first + t) % S;
-        if constexpr (R <= W) {
-          Vec<F> block[W];
-#pragma GCC unroll 16
-          for (int r = 0; r < W; ++r) block[r] = r < n ? load(x + r * S) : zero<F>();
-          transpose<F>(block);
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) store(out + (t + i) * R, block[i]);
-        } else {
-          for (int i = 0; i < W; ++i)
-            for (int64_t r = 0; r < R; ++r) out[(t + i) * R + r] = r < n ? x[r * S + i] : F(0);
-        }
-      }
-    }
-  }
-
-  // diagonal: the strip's first column, relative to the first row; rows before it see nothing of the strip.
-  static void multiply_strip(int64_t diagonal, int64_t rows, int64_t count, const F* panels, const F* y, F* c,
-                             int64_t c_stride) {
-    constexpr int R = kPanelRows;
-    const int64_t begin = diagonal <= 0 ? 0 : diagonal / R * R;
-    for (int64_t p = begin; p < rows; p += R)
-      multiply<F, true>(static_cast<int>(min_of(R, rows - p)), kStripVectors,
-                        {panels + p / R * panel_stride<F>(kStepTerms<F>), R, y, kStrip<F>, count, c + p * c_stride, c_stride,
-                         Update::kAdd, nullptr});
-  }
 };
 
 template <class F>
-using WriteWeightGradient = void (*)(const Tensor& dweight, const SguShape& s, int64_t h, const GradientRange& g, const F* c,
-                                     int64_t c_stride);
+using WriteWeightGradient = void (*)(const Tensor& dweight, const SguShape& s, int64_t strip, int64_t h,
+                                     const GradientRange& g, const F* c, int64_t c_stride);
 
-// c to the gradient; what lies above the diagonal becomes 0.
+// c to the gradient; what lies above the diagonal becomes 0. S: columns of a strip.
 template <class F, class U>
-void write_weight_gradient(const Tensor& dweight, const SguShape& s, int64_t h, const GradientRange& g, const F* c,
-                           int64_t c_stride) {
-  constexpr int W = kWidth<F>, S = kStrip<F>;
+void write_weight_gradient(const Tensor& dweight, const SguShape& s, int64_t S, int64_t h, const GradientRange& g,
+                           const F* c, int64_t c_stride) {
+  constexpr int W = kWidth<F>;
   const int64_t half = ceil_div(s.w, S);
   for (int64_t r = 0; r < g.rows; ++r) {
     const int64_t row = g.row + r;
