@@ -14,7 +14,8 @@ namespace {
 // Of one token: dresidual = dout act(z), dmix = dout residual act'(z), columns column .. column + count, to d (and to
 // dgate_residual, which it is). Returns the sum of dmix.
 template <Activation A, class F, class T>
-F differentiate_row(const SguParams& p, const SguShape& s, int64_t h, int64_t n, int64_t column, int64_t count, F* d) {
+F differentiate_row(const SguParams& p, const SguShape& s, int64_t h, int64_t n, int64_t column, int64_t count, F* d,
+                    bool streamed) {
   constexpr int W = kWidth<F>;
   Vec<F> sum = zero<F>();
   for_each_run(s, column, count, [&](int64_t b, int64_t channel, int64_t at, int64_t length) {
@@ -23,6 +24,9 @@ F differentiate_row(const SguParams& p, const SguShape& s, int64_t h, int64_t n,
     const T* z = element<T>(p.z, s, b, n, h, channel);
     T* dresidual = p.dresidual ? element<T>(p.dresidual, s, b, n, h, channel) : nullptr;
     T* dgate_residual = p.dgate_residual ? element<T>(p.dgate_residual, s, b, n, h, channel) : nullptr;
+    prefetch_ahead(p.residual, residual, n, length);
+    prefetch_ahead(p.dout, dout, n, length);
+    prefetch_ahead(p.z, z, n, length);
     const auto compute = [&](int64_t i, auto load_t, auto store_t, auto store_f) {
       Vec<F> value, slope;
       activate<A>(load_t(z + i), value, slope);
@@ -34,7 +38,7 @@ F differentiate_row(const SguParams& p, const SguShape& s, int64_t h, int64_t n,
     };
     int64_t i = 0;
     for (; i + W <= length; i += W)
-      compute(i, [](const T* x) { return load_as<F>(x); }, [](T* to, Vec<F> x) { store_as<F>(to, x); },
+      compute(i, [](const T* x) { return load_as<F>(x); }, [&](T* to, Vec<F> x) { put<F>(to, x, streamed); },
               [](F* to, Vec<F> x) { store(to, x); });
     if (const int rest = static_cast<int>(length - i); rest > 0)
       compute(i, [&](const T* x) { return load_as<F>(x, rest); }, [&](T* to, Vec<F> x) { store_as<F>(to, x, rest); },
@@ -52,6 +56,9 @@ class Backward {
         mix(s, params.weight, true),
         tasks(s, S, mix.blocks()),
         gradient(s, params.dweight),
+        streamed((!p.dresidual || worth_streaming<T>(p.dresidual, s)) &&
+                 (!p.dgate_residual || worth_streaming<T>(p.dgate_residual, s))),
+        stream_dgate(worth_streaming<T>(p.dgate, s)),
         write_dweight(choose_write<F>(params.dweight.dtype)) {
     with_activation(p.activation, [&]<Activation A>() { differentiate = differentiate_row<A, F, T>; });
   }
@@ -106,7 +113,8 @@ class Backward {
   Mix<Engine> mix;
   MixTasks tasks;
   WeightGradient<Engine> gradient;
-  F (*differentiate)(const SguParams&, const SguShape&, int64_t, int64_t, int64_t, int64_t, F*);
+  const bool streamed, stream_dgate;  // results are written past the caches
+  F (*differentiate)(const SguParams&, const SguShape&, int64_t, int64_t, int64_t, int64_t, F*, bool);
   WriteWeightGradient<F> write_dweight;
 
   int64_t chunk_columns() const { return tasks.chunk_strips * S; }
@@ -167,7 +175,7 @@ class Backward {
           E* to = own.lines + g * kLine;
           if (r + g < count) {
             F* d = kSame<E, F> ? reinterpret_cast<F*>(to) : own.line;
-            shared.sums[first + r + g] += differentiate(p, s, h, first + r + g, column, width, d);
+            shared.sums[first + r + g] += differentiate(p, s, h, first + r + g, column, width, d, streamed);
             if constexpr (!kSame<E, F>) Engine::round_row(own.line, width, to);
           }
           for (int64_t i = r + g < count ? width : 0; i < whole; ++i) to[i] = E{};
@@ -181,6 +189,7 @@ class Backward {
           if (p.dweight) Engine::rows_to_tiles(line, whole, row + r, column, gradient.terms(), tiles);
         }
       }
+      if (streamed) stream_fence();
       if (p.dweight && count > 0) transpose_gate(h, bucket, row, count, column, width, shared.gate, own.lines);
     }
   }
@@ -217,7 +226,8 @@ class Backward {
         [&](int64_t of) { return dmix + of * dmix_size() + first * mix.strip_size(); }, c, kChunkStride);
     for (int64_t r = 0; r < rows; ++r)
       store_columns<F, T>(p.dgate, s, h, bucket * s.w + row + r, column, min_of(chunk_columns(), s.columns - column),
-                          c + r * kChunkStride);
+                          c + r * kChunkStride, stream_dgate);
+    if (stream_dgate) stream_fence();
   }
 
   // Weights that this length does not reach.
