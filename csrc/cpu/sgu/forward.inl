@@ -56,7 +56,7 @@ class Forward {
       : p(params),
         s(params),
         mix(s, params.weight, false),
-        tasks(s, Engine::kStrip, mix.blocks()),
+        tasks(s, Engine::kStrip, mix.blocks(), s.look_back ? kWindowedColumns : kChunkColumns),
         streamed(worth_streaming<T>(p.out, s) && (!p.z || worth_streaming<T>(p.z, s))) {
     with_activation(p.activation, [&]<Activation A>() { finish = finish_row<A, F, T>; });
   }
@@ -141,11 +141,11 @@ class Forward {
       int64_t packed_head = -1;
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < s.H * tasks.chunks * tasks.ranges; ++task) {
-        const int64_t range = task % tasks.ranges, chunk = task / tasks.ranges % tasks.chunks;
-        const int64_t h = task / (tasks.ranges * tasks.chunks), n_strips = ceil_div(columns_of(chunk), Engine::kStrip);
+        const int64_t h = tasks.head(task), chunk = tasks.chunk(task);
+        const int64_t n_strips = ceil_div(columns_of(chunk), Engine::kStrip);
         const auto bucket_strips = [&](int64_t bucket) { return strips + bucket % 2 * bucket_size; };
         if (h != packed_head) product.begin(packed_head = h, part<E>(base, panels_at));
-        const int64_t begin = range * tasks.range, end = min_of(begin + tasks.range, s.buckets);
+        const int64_t begin = tasks.first_bucket(task), end = min_of(begin + tasks.range, s.buckets);
         for (int64_t bucket = max_of(begin - 1, 0); bucket < end; ++bucket) {
           pack_strips<Engine, T>(p.gate, s, h, bucket * s.w, s.tokens(bucket), 0, chunk * chunk_columns(),
                                  columns_of(chunk), part<E>(base, lines_at), bucket_strips(bucket), mix.strip_size());
