@@ -13,8 +13,12 @@ namespace {
 // Columns that a task computes at most: their sums stay in the second-level cache.
 constexpr int64_t kChunkColumns = 1024;
 constexpr int64_t kChunkStride = kChunkColumns + 16;  // off the powers of two
+// The same with a window: two buckets stay there, too.
+constexpr int64_t kWindowedColumns = 512;
 // With a window up to this, a task packs the weight once for all of its buckets.
 constexpr int64_t kSmallWindow = 256;
+
+HK_INLINE bool has_small_window(const SguShape& s) { return s.look_back && s.w <= kSmallWindow; }
 
 // Parts of one buffer, by type.
 class Parts : public ScratchLayout {
@@ -38,7 +42,7 @@ class Mix {
   Mix(const SguShape& shape, const Tensor& weight, bool transposed) : s_(shape), weight_(weight), transposed_(transposed) {}
 
   int64_t blocks() const { return ceil_div(s_.w, Engine::kBlockRows); }
-  bool keeps_panels() const { return s_.look_back && s_.w <= kSmallWindow; }
+  bool keeps_panels() const { return has_small_window(s_); }
   int64_t panels_size() const { return (keeps_panels() ? blocks() * 2 * steps() : 1) * step_size(); }
   int64_t strip_size() const { return Engine::strip_size(s_.w); }
 
@@ -124,16 +128,23 @@ struct MixTasks {
   int64_t strips, chunk_strips, chunks;  // of a bucket's columns; of a task
   int64_t range, ranges;                 // buckets of a task, with a window
 
-  MixTasks(const SguShape& s, int64_t strip_columns, int64_t blocks) {
+  MixTasks(const SguShape& s, int64_t strip_columns, int64_t blocks, int64_t most_columns) {
     const int64_t threads = omp_get_max_threads(), wanted = threads == 1 ? 1 : 4 * threads;
     strips = ceil_div(s.columns, strip_columns);
-    chunk_strips = min_of(strips, kChunkColumns / strip_columns);
-    const int64_t rest = s.look_back ? s.H * s.buckets : blocks;
+    chunk_strips = min_of(strips, most_columns / strip_columns);
+    const int64_t rest = s.look_back ? s.H * ceil_div(s.buckets, kFewBuckets) : blocks;
     while (rest * ceil_div(strips, chunk_strips) < wanted && chunk_strips > 8) chunk_strips = ceil_div(chunk_strips, 2);
     chunks = ceil_div(strips, chunk_strips);
-    range = s.look_back ? max_of(1, min_of(32, s.buckets * s.H * chunks / wanted)) : 1;
+    range = s.look_back ? max_of(kFewBuckets, ceil_div(s.buckets * s.H * chunks, wanted)) : 1;
     ranges = ceil_div(s.buckets, range);
+    range = ceil_div(s.buckets, ranges);
   }
+  int64_t first_bucket(int64_t task) const { return task % ranges * range; }
+  int64_t chunk(int64_t task) const { return task / ranges % chunks; }
+  int64_t head(int64_t task) const { return task / (ranges * chunks); }
+
+ private:
+  static constexpr int64_t kFewBuckets = 4;  // a task packs one bucket more than it computes
 };
 
 }  // namespace
