@@ -1,8 +1,10 @@
 """Fused kernels for hierarchical, local and sparse sequence models."""
 
 from hierkernels.dispatch import BACKENDS, use_backend
+from hierkernels.explanation import explain
 from hierkernels.key_range import KeyRange, Staircase
-from hierkernels.ops.attention import attention, explain
+from hierkernels.ops.attention import attention
+from hierkernels.ops.local_attention import local_attention
 from hierkernels.version import __version__
 
 __all__ = [
@@ -12,5 +14,6 @@ __all__ = [
     "__version__",
     "attention",
     "explain",
+    "local_attention",
     "use_backend",
 ]
