@@ -11,12 +11,14 @@ from hierkernels.ops.local_attention import api as local_attention
 
 
 def _attention(q: Any, k: Any, v: Any, **options: Any) -> tuple[str, Any]:
-    return "attention", attention.make_call(*attention.autocast(q, k, v), **options)
+    q, k, v = attention.autocast(q, k, v)
+    return "attention", attention.make_call(q, k, v, **options)
 
 
 def _local_attention(q: Any, k: Any, v: Any, *window: Any, **options: Any) -> tuple[str, Any]:
     """The attention kernels compute it: their reasons are the ones that count."""
-    call = local_attention.make_call(*attention.autocast(q, k, v), *window, **options)
+    q, k, v = attention.autocast(q, k, v)
+    call = local_attention.make_call(q, k, v, *window, **options)
     return "attention", call.attention
 
 

@@ -25,8 +25,11 @@ LIBRARY.define(
 
 
 def _call(args: tuple, slots: tuple) -> AttentionCall:
-    *tensors, ints, scale, softcap, dropout_p = args
-    return AttentionCall(*tensors, KeyRange.from_ints(ints), scale, softcap, dropout_p, *slots)
+    q, k, v, bias, mask, padding, seed, ints, scale, softcap, dropout_p = args
+    key_range, (width, before) = KeyRange.from_ints(ints), slots or (0, 0)
+    return AttentionCall(
+        q, k, v, bias, mask, padding, seed, key_range, scale, softcap, dropout_p, width, before
+    )
 
 
 def _backend(call: AttentionCall, asked: str) -> ModuleType:

@@ -162,8 +162,9 @@ def local_attention(
     Source: the package local-attention, after Roy et al., "Efficient Content-Based Sparse
     Attention with Routing Transformers" (2021), section 4.
     """
+    q, k, v = attention.autocast(q, k, v)
     call = make_call(
-        *attention.autocast(q, k, v), window_size, is_causal=is_causal,
+        q, k, v, window_size, is_causal=is_causal,
         look_backward=look_backward, look_forward=look_forward, exact_window=exact_window,
         zero_lookback=zero_lookback, key_padding_mask=key_padding_mask, attn_bias=attn_bias,
         dropout_p=dropout_p, dropout_seed=dropout_seed, scale=scale,
