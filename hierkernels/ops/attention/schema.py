@@ -26,7 +26,8 @@ LIBRARY.define(
 
 def _call(args: tuple, slots: tuple) -> AttentionCall:
     q, k, v, bias, mask, padding, seed, ints, scale, softcap, dropout_p = args
-    key_range, (width, before) = KeyRange.from_ints(ints), slots or (0, 0)
+    key_range = KeyRange.from_ints(ints)
+    width, before = (*slots, 0, 0)[:2]  # the dispatcher leaves out trailing defaults
     return AttentionCall(
         q, k, v, bias, mask, padding, seed, key_range, scale, softcap, dropout_p, width, before
     )
