@@ -58,7 +58,7 @@ def _case(name: str, N: int, w: int, B: int = 2, H: int = 2, D: int = 16, **opti
 
 
 def _windows() -> Iterator[LocalCase]:
-    # Buckets smaller than, equal to and larger than a tile; a last one that is full, partial, alone.
+    # Buckets smaller than, equal to and larger than a tile; the last one full, partial, alone.
     for n, w in ((1, 1), (7, 1), (64, 16), (65, 16), (37, 5), (300, 64), (333, 128), (50, 200)):
         yield _case(f"causal-n{n}-w{w}", n, w)
         yield _case(f"exact-n{n}-w{w}", n, w, exact_window=True)
