@@ -79,7 +79,7 @@ CASES = (
     Case("shared-bias", 256, options="shared_bias"),
     Case("slot-bias", 64, options="slot_bias", quick=True),
     Case("slot-bias", 128, options="slot_bias"),
-    Case("slot-bias", 256, options="slot_bias dropout"),
+    Case("slot-bias", 256, options="slot_bias"),
     Case("key-bias", 128, options="key_bias"),
     Case("mask", 128, options="mask"),
     Case("padding", 128, options="padding"),

@@ -67,14 +67,16 @@ def _load_pairs(ptr, stride, rows, keys, n_rows, n_keys, PACK: tl.constexpr, FOR
     if FORM == "keys":
         return tl.load(ptr + keys.to(tl.int64) * stride[3], mask=keys < n_keys, other=0)
     else:
-        inside = (rows < n_rows) & (keys < n_keys)
         i = rows // PACK
+        ptrs = ptr + keys.to(tl.int64) * stride[3]
         if FORM == "slots":
             row = i % stride[4]
-            keys = keys - (i - row) + stride[5]
-            inside = inside & (keys >= 0) & (keys < stride[6])
-            i = row
-        ptrs = ptr + keys.to(tl.int64) * stride[3] + i.to(tl.int64) * stride[2]
+            first = i - row - stride[5]  # the key of slot 0
+            inside = (keys >= first) & (keys < first + stride[6])
+            ptrs += row.to(tl.int64) * stride[2] - first.to(tl.int64) * stride[3]
+        else:
+            inside = (rows < n_rows) & (keys < n_keys)
+            ptrs += i.to(tl.int64) * stride[2]
         if PACK > 1:
             ptrs += (rows % PACK).to(tl.int64) * stride[1]
         return tl.load(ptrs, mask=inside, other=0)
