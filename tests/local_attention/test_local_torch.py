@@ -1,4 +1,4 @@
-"""hk.local_attention with what PyTorch does to operators: compile, export, autocast, checkpoints."""
+"""hk.local_attention under what PyTorch does to operators: compile, export, autocast and so on."""
 
 from __future__ import annotations
 

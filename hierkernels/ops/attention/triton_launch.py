@@ -133,6 +133,7 @@ def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) 
     pairs = {_bias_form(call, pack), _pair_form(call.mask, pack)}
     channels = max(call.q.shape[-1], call.v.shape[-1])
     demands = {
+        "slots": "slots" in pairs,
         "pairs": bool(pairs & {"full", "slots"}) or call.seed is not None,
         "padded": channels != _padded(channels),
         "packed": pack > 1,
