@@ -161,7 +161,7 @@ class LocalAttention(nn.Module):
         mask: Tensor | None = None,
         attn_bias: Tensor | None = None,
     ) -> Tensor:
-        """``(B, H, N, D)``; mask ``(B, N)`` bool, True = real token; attn_bias ``(H, w, slots)``."""
+        """``(B, H, N, D)``; mask ``(B, N)`` bool, True = real; attn_bias ``(H, w, slots)``."""
         size = self.SEGMENT * self.window_size
         if self.rel_pos is None or self.rel_pos.scale_base is None or q.shape[2] <= size:
             return self._attend(q, k, v, mask, attn_bias)

@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-import hierkernels as hk
 from hierkernels.native import native, native_error
 from hierkernels.ops.attention.spec import ALL_DTYPES, dtype_name
-from hierkernels.ops.local_attention.spec import CORRECTNESS, LocalCase
+from hierkernels.ops.local_attention.spec import CORRECTNESS
 from hierkernels.ops.local_attention.testing import LocalInputs, make_inputs, make_standard
-from hierkernels.testing import Results, Standard, case_ids, check_accuracy, compute
-from hierkernels.testing import poisoned_memory
+from hierkernels.testing import (
+    Results,
+    Standard,
+    case_ids,
+    check_accuracy,
+    compute,
+    poisoned_memory,
+)
 
 CORE = native()
 if CORE is None:

@@ -79,9 +79,7 @@ def test_equals_upstream(case: str, bias: bool, padding: bool) -> None:
             *leaves[:3], W, **options, attn_bias=leaves[3] if bias else None,
             key_padding_mask=mask, return_lse=True,
         )  # fmt: skip
-        theirs = _theirs(options)(
-            *leaves[:3], mask=mask, attn_bias=leaves[3] if bias else None
-        )
+        theirs = _theirs(options)(*leaves[:3], mask=mask, attn_bias=leaves[3] if bias else None)
         seen = (lse > -torch.inf)[..., None]
         assert seen.double().mean() > 0.5
         weights = torch.linspace(-1, 1, ours.numel(), dtype=ours.dtype).view_as(ours) * seen

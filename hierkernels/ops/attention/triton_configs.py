@@ -86,9 +86,9 @@ _HALF = {
 
 # What the base table cannot serve without spilling: (device, kernel, channels up to, demand).
 # Demands, in the order in which they are looked up: "slots" (a bias by slots, whose addresses take
-# registers), "pairs" (a full bias or mask, or dropout, holds
-# one more tile of scores), "padded" (channels are not a power of two), "packed" (several heads in a
-# tile), "grouped" (several heads, one after the other).
+# registers), "pairs" (a full bias or mask, or dropout, holds one more tile of scores), "padded"
+# (channels are not a power of two), "packed" (several heads in a tile), "grouped" (several heads,
+# one after the other).
 _SPECIAL = {
     ("sm_80", "forward", 128, "packed"): Config(128, 32, 8, 3, "always"),
     ("sm_80", "dq", 128, "pairs"): Config(64, 32, 8, 2, "split"),
