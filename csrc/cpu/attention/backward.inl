@@ -185,7 +185,7 @@ class Backward {
     const int64_t key = index * kTileKeys, left = p_.n_keys() - key;
     const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
     const Rows k_rows = rows_of(p_.k, storage_, t.b, t.kv_head, 1), v_rows = rows_of(p_.v, storage_, t.b, t.kv_head, 1);
-    w.next.aim(p_, storage_, {&p_.k, &p_.v, &p_.q, &p_.dout}, t.b, t.kv_head);
+    w.next.aim(p_, {&p_.k, &p_.v, &p_.q, &p_.dout}, t.b, t.kv_head);
     storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k_panels, shape_.panel);
     storage_.transpose(v_rows, key, keys, shape_.dim_v, F(1), w.v_panels, shape_.panel);
     const Operand k = operand(k_in_place_, k_rows, k_rows.token_stride, key, keys, shape_.dim, shape_.padded, w.k);
@@ -209,7 +209,7 @@ class Backward {
       clear(w.dv, 0, keys * shape_.padded_v);
     }
     for (; block < end; ++block, dk.update = dv.update = Update::kAdd) row_block(w, t, block, key, keys, k, dq, dbias, dk, dv);
-    w.next.take_rest();
+    w.next.ask_rest();
     const F one = F(1);
     if (!dk_in_place)
       storage_.store(dk_rows, key, keys, shape_.dim, w.dk, shape_.padded, &one, 0, is_large(p_.dk, storage_.bytes));

@@ -92,7 +92,7 @@ class Forward {
       store(w.rows.sum + r, zero<F>());
     }
 
-    w.next.aim(p_, storage_, {&p_.k, &p_.q, &p_.v}, b, kv_head);
+    w.next.aim(p_, {&p_.k, &p_.q, &p_.v}, b, kv_head);
     const bool direct = out_in_place_ && tile.keys_end > tile.keys_begin && tile.keys_end - tile.keys_begin <= kTileKeys;
     Update update = Update::kStore;
     for (int64_t key = tile.keys_begin; key < tile.keys_end; key += kTileKeys) {
@@ -121,7 +121,7 @@ class Forward {
       multiply_rows(tile, w.scores, shape_.stride, v, v_stride, shape_.dim_v, out, w.next);
       update = Update::kRescale;
     }
-    w.next.take_rest();
+    w.next.ask_rest();
     if (!direct) {
       if (update == Update::kStore) clear(w.out, 0, tile.n * shape_.padded_v);
       invert_sums(w);

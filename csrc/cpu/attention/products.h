@@ -3,6 +3,7 @@
 #include <utility>  // std::integer_sequence: a type only
 
 #include "../simd.h"
+#include "next_inputs.h"
 
 namespace hierkernels {
 namespace HK_ISA {
@@ -28,12 +29,6 @@ enum class Update {
   kScale     // out = sum * factor
 };
 
-// Memory that is asked for while a product runs: in turn t of its loop, the line at `at` + t * step.
-struct Lines {
-  const char* at;
-  int64_t step;
-};
-
 // Where results go. past_caches: without displacing what the caches hold; for whole vectors, aligned.
 template <class F>
 struct Target {
@@ -53,7 +48,7 @@ struct Product {
   int64_t x_stride;
   int64_t terms;
   Target<F> out;
-  Lines ask;
+  Lines ask;  // in turn t of the loop, the line at `at` + t * step
 };
 
 template <class F, bool kTransposed, int R, int C>

@@ -3,7 +3,6 @@
 #pragma once
 #include "../../common/key_range.h"
 #include "../simd.h"
-#include "next_inputs.h"
 #include "products.h"
 
 namespace hierkernels {
