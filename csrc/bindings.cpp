@@ -113,10 +113,12 @@ PYBIND11_MODULE(_native, m) {
         [](const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
            const py::object& mask, const py::object& padding, const py::object& seed,
            const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
-           const py::object& out, const py::object& lse) {
+           const py::object& out, const py::object& lse, int64_t bias_width, int64_t bias_before) {
           AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p);
           p.out = tensor(out);
           p.lse = tensor(lse);
+          p.bias_width = bias_width;
+          p.bias_before = bias_before;
           py::gil_scoped_release release;
           hierkernels::attention_forward(p);
         });
@@ -125,7 +127,8 @@ PYBIND11_MODULE(_native, m) {
            const py::object& mask, const py::object& padding, const py::object& seed,
            const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
            const py::object& out, const py::object& lse, const py::object& dout, const py::object& dlse,
-           const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dbias) {
+           const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dbias,
+           int64_t bias_width, int64_t bias_before) {
           AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p);
           p.out = tensor(out);
           p.lse = tensor(lse);
@@ -135,6 +138,8 @@ PYBIND11_MODULE(_native, m) {
           p.dk = tensor(dk);
           p.dv = tensor(dv);
           p.dbias = tensor(dbias).broadcast();
+          p.bias_width = bias_width;
+          p.bias_before = bias_before;
           py::gil_scoped_release release;
           hierkernels::attention_backward(p);
         });

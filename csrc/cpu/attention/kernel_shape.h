@@ -28,22 +28,14 @@ inline bool is_large(const Tensor& t, int element) {
   return static_cast<size_t>(t.size[0] * t.size[1] * t.size[2] * t.size[3] * element) >= kLargeOutput;
 }
 
-// Short sequences are bound by memory, and each is a page or less, at whose end the hardware's prefetching stops: while
-// one is computed, the inputs of the next are asked for. This is for one input t, up to so many rows.
-constexpr int kPrefetchRows = 96;
+// The rows of a tensor themselves as the target of a product, if products can write them.
 template <class F>
-HK_INLINE void prefetch_next(const AttentionParams& p, const Storage<F>& storage, const Tensor& t, int64_t b,
-                             int64_t kv_head) {
-  const int64_t group = t.size[1] / p.kv_heads(), n = t.size[2];
-  if (group * n > kPrefetchRows) return;
-  if (++kv_head == p.kv_heads()) {
-    kv_head = 0;
-    if (++b == p.batch()) return;
-  }
-  const Rows rows = rows_of(t, storage, b, kv_head, group);
-  for (int64_t g = 0; g < group; ++g)
-    for (int64_t i = 0; i < n; ++i)
-      prefetch(rows.data + (g * rows.head_stride + i * rows.token_stride) * storage.bytes, t.size[3] * storage.bytes);
+HK_INLINE Target<F> target_in(const Tensor& t, const Rows& rows, int64_t tokens, int64_t first, Update update,
+                              const F* factors) {
+  const int64_t stride = rows.uniform_stride(tokens);
+  F* data = reinterpret_cast<F*>(rows.data) + first * stride;
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && stride % kWidth<F> == 0;
+  return {data, stride, update, factors, aligned && is_large(t, sizeof(F))};
 }
 
 template <class F>

@@ -16,7 +16,7 @@ from hierkernels.ops.attention.call import AttentionCall, unit_stride
 
 _NUMBERS = (int, float, numbers.Real, torch.SymInt, torch.SymFloat)
 _UNLIMITED = 2**62  # a window this wide has no end: beyond it, bounds would overflow 64 bits
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -28,7 +28,7 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
                 f"{name} must have 4 dimensions (batch, heads, tokens, channels), "
                 f"got shape {tuple(t.shape)}"
             )
-        if t.dtype not in _FLOATS:
+        if t.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q ({q.dtype}), got {t.dtype}")
@@ -143,7 +143,7 @@ def make_call(
         )
     if attn_bias is not None:
         attn_bias = _check_broadcast("attn_bias", attn_bias, full, q.device)
-        if attn_bias.dtype not in _FLOATS:
+        if attn_bias.dtype not in FLOATS:
             raise TypeError(
                 "attn_bias must be a float tensor (use attn_mask for booleans), "
                 f"got {attn_bias.dtype}"
@@ -200,10 +200,11 @@ def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.T
     return torch.ops.hierkernels.attention_forward.default(
         call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed,
         call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p, name,
+        call.bias_width, call.bias_before,
     )  # fmt: skip
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """q, k, v in the dtype that autocast asks for; what it does not cast is left to the checks."""
     low = (torch.float32, torch.bfloat16, torch.float16)
     if not all(isinstance(t, torch.Tensor) and t.dtype in low for t in tensors):
@@ -266,7 +267,7 @@ def attention(
 
     Source: Dao et al., "FlashAttention" (2022), for the algorithm.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     call = make_call(
         q, k, v, is_causal=is_causal, window_size=window_size, attn_bias=attn_bias,
         attn_mask=attn_mask, key_padding_mask=key_padding_mask, dropout_p=dropout_p,
@@ -274,10 +275,3 @@ def attention(
     )  # fmt: skip
     out, lse = run(call, backend)
     return (out, lse) if return_lse else out
-
-
-def problem(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False, **options: Any
-) -> AttentionCall:
-    """The canonical form of a call, as hk.attention makes it."""
-    return make_call(*_autocast(q, k, v), **options)

@@ -35,7 +35,7 @@ def _problem(call: AttentionCall) -> tuple:
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse)."""
     out, lse = call.new_outputs()
-    native().attention_forward(*_problem(call), out, lse)
+    native().attention_forward(*_problem(call), out, lse, call.bias_width, call.bias_before)
     return out, lse
 
 
@@ -54,5 +54,7 @@ def backward(
         assert call.bias is not None
         dbias = torch.empty(call.bias.shape, dtype=call.lse_dtype)
     dlse = dlse.to(call.lse_dtype).contiguous() if dlse is not None else None
-    native().attention_backward(*_problem(call), out, lse, dout, dlse, dq, dk, dv, dbias)
+    native().attention_backward(
+        *_problem(call), out, lse, dout, dlse, dq, dk, dv, dbias, call.bias_width, call.bias_before
+    )
     return dq, dk, dv, dbias
