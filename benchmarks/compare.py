@@ -22,7 +22,12 @@ from benchmarks import suite
 from benchmarks.measure import groups, median
 
 ROOT = Path(__file__).resolve().parent.parent
-HARNESS = ("benchmarks", "hierkernels/testing.py", "hierkernels/ops/*/spec.py")
+HARNESS = (
+    "benchmarks",
+    "hierkernels/testing.py",
+    "hierkernels/ops/*/spec.py",
+    "hierkernels/ops/*/testing.py",
+)
 
 
 class Worker:
