@@ -85,36 +85,38 @@ class Problem(ABC):
 class OpProblem(Problem):
     """A differentiable op: forward without a graph, backward on a graph that is kept.
 
-    The oracle of a long case looks at some tokens only: the check runs the row on the full-size
-    problem with dout zero at all other tokens. So the results in `token_dims` (out, dq, ...; the
-    value is their dimension of tokens) are compared at those tokens and the others everywhere.
+    The oracle of a large case looks at a part of it only, some tokens or some channels: the check
+    runs the row on the full-size problem with dout zero elsewhere. So the results in `dims` (out,
+    dq, ...; the value is the dimension of those tokens or channels) are compared at the judged
+    places, and the others everywhere.
     """
 
     inputs: Inputs
     standard: Standard
-    token_dims: Mapping[str, int]
-    tokens: slice | torch.Tensor = field(default_factory=lambda: slice(None))
+    dims: Mapping[str, int]
+    judged: slice | torch.Tensor = field(default_factory=lambda: slice(None))
 
-    def at_tokens(self, name: str, t: torch.Tensor) -> torch.Tensor:
-        """A result at the tokens that the standard has."""
-        dim = self.token_dims.get(name)
-        if dim is None or t.shape[dim] == 1:  # size 1: broadcast over the tokens
-            return t
-        return t[(slice(None),) * dim + (self.tokens,)]
+    def place(self, dim: int) -> tuple[Any, ...]:
+        """The index of what is judged."""
+        return (*(slice(None),) * dim, self.judged)
+
+    def cut(self, name: str, t: torch.Tensor) -> torch.Tensor:
+        """The part of a result that the standard has."""
+        dim = self.dims.get(name)
+        return t if dim is None or t.shape[dim] == 1 else t[self.place(dim)]  # size 1: broadcast
 
     def check(self, candidate: Candidate, direction: str) -> dict[str, float]:
         if direction == "forward":
             with torch.no_grad():
                 results = {"out": candidate.function(candidate.inputs)}
         else:
-            whole = candidate.inputs.dout
-            place = (slice(None),) * self.token_dims["out"] + (self.tokens,)
+            whole, place = candidate.inputs.dout, self.place(self.dims["out"])
             dout = torch.zeros_like(whole)
             dout[place] = whole[place]
             inputs = replace(candidate.inputs, dout=dout).requires_grad()
             results = differentiate(inputs, candidate.function(inputs))
-        cut = {name: self.at_tokens(name, t) for name, t in results.items()}
-        return {name: error.largest for name, error in self.standard.check(cut).items()}
+        parts = {name: self.cut(name, t) for name, t in results.items()}
+        return {name: error.largest for name, error in self.standard.check(parts).items()}
 
     def bind(self, candidate: Candidate, direction: str) -> Callable[[], Sequence[torch.Tensor]]:
         if direction == "forward":

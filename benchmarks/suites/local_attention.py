@@ -55,18 +55,18 @@ class ChunkProblem(OpProblem):
     """
 
     starts: tuple[int, ...] = ()
-    judged: torch.Tensor | None = None  # (chunks, tokens of a chunk) bool
+    in_chunk: torch.Tensor | None = None  # (chunks, tokens of a chunk) bool, True = judged
 
-    def at_tokens(self, name: str, t: torch.Tensor) -> torch.Tensor:
+    def cut(self, name: str, t: torch.Tensor) -> torch.Tensor:
         if name == "dbias":
             return t
-        assert self.judged is not None
-        chunks = _chunks(t, self.starts, self.judged.shape[1])
+        assert self.in_chunk is not None
+        chunks = _chunks(t, self.starts, self.in_chunk.shape[1])
         if name == "out":
-            return chunks.transpose(1, 2)[self.judged]
+            return chunks.transpose(1, 2)[self.in_chunk]
         outside = torch.ones(t.shape[2], dtype=torch.bool, device=t.device)
         for start in self.starts:
-            outside[start : start + self.judged.shape[1]] = False
+            outside[start : start + self.in_chunk.shape[1]] = False
         if t[:, :, outside].any():
             raise AssertionError(f"{name}: not exactly 0 where no query has a gradient")
         return chunks
