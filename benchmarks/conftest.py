@@ -48,8 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    LATEST.parent.mkdir(parents=True, exist_ok=True)
     config.option.benchmark_json = config.option.benchmark_json or str(LATEST)
+    Path(config.option.benchmark_json).parent.mkdir(parents=True, exist_ok=True)
     # torch.compile imports a deprecated part of PyTorch itself.
     config.addinivalue_line("filterwarnings", "ignore:.*script_method:DeprecationWarning")
     if not config.option.benchmark_verbose:
