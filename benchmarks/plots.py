@@ -73,7 +73,8 @@ def plot_sweep(lines: list[Line], sweep: Sweep) -> Figure | None:
         return None
     size = (3.2 * len(columns), 5.2)
     figure, axes = plt.subplots(2, len(columns), figsize=size, squeeze=False, sharex=True)
-    rows = [row for row in (*HIERKERNELS_ROWS, *peers(lines))]
+    rows = [*HIERKERNELS_ROWS, *peers(lines)]
+    every = sorted({sweep.sizes[line.case] for own in columns.values() for line in own})
     for column, ((dtype, direction), own) in enumerate(columns.items()):
         times: dict[str, Points] = {row: [] for row in rows}
         sizes: dict[str, Points] = {row: [] for row in rows}
@@ -83,8 +84,8 @@ def plot_sweep(lines: list[Line], sweep: Sweep) -> Figure | None:
                 times[row].append((n, line.seconds(row) * 1e3))
                 if extra is not None:
                     sizes[row].append((n, max(extra, 2**16) / 2**20))
-        _curves(axes[0][column], own[0].op, times, guides=sweep.axis == "N")
-        _curves(axes[1][column], own[0].op, sizes)
+        _curves(axes[0][column], own[0].op, times, every, guides=sweep.axis == "N")
+        _curves(axes[1][column], own[0].op, sizes, every)
         axes[0][column].set(title=f"{dtype} {direction}")
         axes[1][column].set(xlabel=sweep.axis)
     axes[0][0].set_ylabel("ms")
@@ -102,9 +103,10 @@ def plot_sweep(lines: list[Line], sweep: Sweep) -> Figure | None:
     return figure
 
 
-def _curves(axis: Axes, op: str, rows: dict[str, Points], guides: bool = False) -> None:
-    """A curve for each row that has points."""
-    every = sorted({n for points in rows.values() for n, _ in points})
+def _curves(
+    axis: Axes, op: str, rows: dict[str, Points], every: list[int], guides: bool = False
+) -> None:
+    """A curve for each row that has points; `every` are the ticks."""
     for row, points in rows.items():
         if points:
             xs, ys = zip(*sorted(points), strict=True)
@@ -129,7 +131,7 @@ def plot_memory(op: str, peaks: dict[str, dict[int, int]]) -> Figure | None:
         row: [(n, max(found, 2**12) / 2**20) for n, found in by_length.items()]
         for row, by_length in peaks.items()
     }
-    _curves(axis, op, sizes)
+    _curves(axis, op, sizes, sorted({n for by_length in peaks.values() for n in by_length}))
     axis.set(xlabel="N", ylabel="MiB beyond inputs and outputs")
     axis.legend(fontsize=7)
     axis.set_title("Peak memory, forward and backward, float32")
