@@ -27,31 +27,33 @@ DType dtype_of(const py::object& dtype) {
   throw py::type_error("unsupported dtype " + std::string(py::str(dtype)));
 }
 
+py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// The integers of a tuple, at most 4; returns how many.
+int integers(const py::object& tuple, int64_t* out) {
+  const Py_ssize_t count = PyTuple_Check(tuple.ptr()) ? PyTuple_GET_SIZE(tuple.ptr()) : 5;
+  if (count > 4) throw py::value_error("at most 4 dimensions");
+  for (Py_ssize_t d = 0; d < count; ++d) {
+    out[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), d));
+    if (out[d] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  return static_cast<int>(count);
+}
+
 Tensor tensor(const py::object& t) {
   Tensor out;
   if (t.is_none()) return out;
-  // Interned names: a call is made of microseconds.
+  // Interned names, and Python's own functions where pybind11 would look at types first: a call is made of microseconds.
   static PyObject *const kDataPtr = PyUnicode_InternFromString("data_ptr"), *const kDtype = PyUnicode_InternFromString("dtype"),
                          *const kShape = PyUnicode_InternFromString("shape"), *const kStride = PyUnicode_InternFromString("stride");
-  const auto call = [&](PyObject* name) {
-    PyObject* result = PyObject_CallMethodNoArgs(t.ptr(), name);
-    if (!result) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(result);
-  };
-  const auto get = [&](PyObject* name) {
-    PyObject* result = PyObject_GetAttr(t.ptr(), name);
-    if (!result) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(result);
-  };
-  out.data = reinterpret_cast<void*>(call(kDataPtr).cast<uintptr_t>());
-  out.dtype = dtype_of(get(kDtype));
-  const py::tuple shape = get(kShape), stride = call(kStride);
-  out.ndim = static_cast<int>(shape.size());
-  if (out.ndim > 4) throw py::value_error("at most 4 dimensions");
-  for (int d = 0; d < out.ndim; ++d) {
-    out.size[d] = shape[d].cast<int64_t>();
-    out.stride[d] = stride[d].cast<int64_t>();
-  }
+  out.data = PyLong_AsVoidPtr(checked(PyObject_CallMethodNoArgs(t.ptr(), kDataPtr)).ptr());
+  if (!out.data && PyErr_Occurred()) throw py::error_already_set();
+  out.dtype = dtype_of(checked(PyObject_GetAttr(t.ptr(), kDtype)));
+  out.ndim = integers(checked(PyObject_GetAttr(t.ptr(), kShape)), out.size);
+  integers(checked(PyObject_CallMethodNoArgs(t.ptr(), kStride)), out.stride);
   return out;
 }
 

@@ -11,13 +11,14 @@ from hierkernels.key_range import KeyRange
 
 def unit_stride(t: torch.Tensor) -> torch.Tensor:
     """t, copied if its channels are not next to one another."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return t if t.stride()[-1] == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _new_like(t: torch.Tensor, channels: int) -> torch.Tensor:
     """Uninitialised, with t's order of heads and tokens in memory and the last stride 1."""
     B, H, N, _ = t.shape
-    if t.stride(1) < t.stride(2):
+    stride = t.stride()
+    if stride[1] < stride[2]:
         return t.new_empty(B, N, H, channels).transpose(1, 2)
     return t.new_empty(B, H, N, channels)
 
@@ -53,8 +54,10 @@ class AttentionCall:
 
     def new_outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Uninitialised (out, lse); out takes over q's order of heads and tokens in memory."""
-        lse = self.q.new_empty(self.q.shape[:3], dtype=self.lse_dtype)
-        return _new_like(self.q, self.v.shape[-1]), lse
+        q = self.q
+        B, H, N, _ = q.shape
+        lse = q.new_empty((B, H, N), dtype=self.lse_dtype)
+        return _new_like(q, self.v.shape[-1]), lse
 
     def new_gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Uninitialised (dq, dk, dv), in the memory order of q, k and v, last stride 1."""

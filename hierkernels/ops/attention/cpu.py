@@ -14,7 +14,7 @@ MAX_DIM = 512
 def supports(call: AttentionCall) -> list[str]:
     """Why the CPU kernels cannot compute this call; empty if they can."""
     reasons = []
-    if call.device_type != "cpu":
+    if not call.q.is_cpu:
         reasons.append(f"q is on a {call.device_type} device, the cpu backend needs CPU tensors")
     if native() is None:
         reasons.append(f"the compiled kernels are missing: {native_error()}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
+from hierkernels.eager import is_unwatched
 from hierkernels.key_range import KeyRange
 from hierkernels.library import LIBRARY
 from hierkernels.ops.attention.call import AttentionCall, unit_stride
@@ -75,9 +76,14 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
     *tensors, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 12
-    dq, dk, dv, dbias = torch.ops.hierkernels.attention_backward.default(
+    if dout is None:
+        dout = torch.zeros_like(out)
+    # With create_graph the gradients need a graph, which the operator makes.
+    direct = not torch.is_grad_enabled() and is_unwatched((*tensors, out, lse, dout, dlse))
+    backward = _backward if direct else torch.ops.hierkernels.attention_backward.default
+    dq, dk, dv, dbias = backward(
         *tensors, ctx.key_range, ctx.scale, ctx.softcap, ctx.dropout_p, out, lse,
-        torch.zeros_like(out) if dout is None else dout, dlse, ctx.needs_input_grad[3], ctx.backend,
+        dout, dlse, ctx.needs_input_grad[3], ctx.backend,
     )  # fmt: skip
     return dq, dk, dv, dbias if ctx.needs_input_grad[3] else None, *(None,) * 8
 
@@ -100,3 +106,38 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "hierkernels::attention_backward", _differentiate_twice, lib=LIBRARY
 )
+
+
+class _Eager(torch.autograd.Function):
+    """The operator and its gradient without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        # A setup_context of its own would make PyTorch inspect the signature at every call.
+        output = _forward(*args)
+        _setup_context(ctx, args, output)
+        return output
+
+    backward = staticmethod(_differentiate)
+
+
+def attention_forward(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse): the operator, or its implementation where nobody sees the difference.
+
+    Raises NotImplementedError if `backend` is given and refuses.
+    """
+    tensors = call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed
+    run = torch.ops.hierkernels.attention_forward.default
+    if is_unwatched(tensors):
+        needs_graph = torch.is_grad_enabled() and (
+            call.q.requires_grad
+            or call.k.requires_grad
+            or call.v.requires_grad
+            or (call.bias is not None and call.bias.requires_grad)
+        )
+        if not needs_graph:
+            return _backend(call, backend).forward(call)
+        run = _Eager.apply
+    return run(
+        *tensors, call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p, backend
+    )
