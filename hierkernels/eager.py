@@ -9,15 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch._C import (
+    DispatchKeySet,
+    _dispatch_keys,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._functorch import maybe_current_level
+from torch.autograd import _profiler_enabled
 
-_C = torch._C
 
-
-def _plain_keys() -> tuple[torch._C.DispatchKeySet, ...]:
+def _plain_keys() -> tuple[DispatchKeySet, ...]:
     """The dispatch keys of an ordinary CPU tensor, and of one made in inference mode."""
-    keys = [_C._dispatch_keys(torch.empty(0))]
+    keys = [_dispatch_keys(torch.empty(0))]
     with torch.inference_mode():
-        keys.append(_C._dispatch_keys(torch.empty(0)))
+        keys.append(_dispatch_keys(torch.empty(0)))
     return tuple(keys)
 
 
@@ -30,17 +37,14 @@ def is_unwatched(tensors: Iterable[torch.Tensor | None]) -> bool:
     The dispatch keys tell a plain CPU tensor from subclasses, fake, batched, lazily negated, sparse
     and all other special ones.
     """
-    if torch.compiler.is_compiling():  # first: a compiler that traces this goes no further
-        return False
     if (
-        _C._len_torch_dispatch_stack()
-        or _C._len_torch_function_stack()
-        or _C._functorch.maybe_current_level() is not None
-        or _C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        torch.compiler.is_compiling()  # first: a compiler that traces this goes no further
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or maybe_current_level() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
     ):
         return False
-    for t in tensors:  # a loop: twice as fast as all() of a generator
-        if t is not None and _C._dispatch_keys(t) not in _PLAIN:
-            return False
-    return True
+    # A list, not a generator: half the time.
+    return all([t is None or _dispatch_keys(t) in _PLAIN for t in tensors])

@@ -64,14 +64,15 @@ def _check_broadcast(
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.device != device:
         raise ValueError(f"{name} must be on the device of q ({device}), got {t.device}")
-    if t.ndim > 4 or any(
-        size not in (1, want) for size, want in zip(reversed(t.shape), reversed(full), strict=False)
+    shape = tuple(t.shape)
+    missing = 4 - len(shape)
+    if missing < 0 or any(
+        [size not in (1, want) for size, want in zip(shape, full[missing:], strict=True)]
     ):
         raise ValueError(
-            f"{name} must broadcast to (batch, heads, queries, keys) = {full}, "
-            f"got shape {tuple(t.shape)}"
+            f"{name} must broadcast to (batch, heads, queries, keys) = {full}, got shape {shape}"
         )
-    return t.reshape((1,) * (4 - t.ndim) + tuple(t.shape))
+    return t.reshape((1,) * missing + shape) if missing else t
 
 
 def _check_window(window_size: Any) -> tuple[int | None, int | None]:
@@ -133,7 +134,9 @@ def make_call(
     """Checks the arguments of hk.attention and returns them in canonical form."""
     B, _, Nq, Nk = full = _check_qkv(q, k, v)
     left, right = _check_window(window_size)
-    if key_range is None:
+    if key_range is not None:
+        key_range = key_range.canonical()
+    else:  # these are canonical
         if is_causal:
             right = 0
         key_range = (
@@ -188,7 +191,7 @@ def make_call(
     return AttentionCall(
         unit_stride(q), unit_stride(k), unit_stride(v), attn_bias, attn_mask, key_padding_mask,
         dropout_seed if dropout_p else None,
-        key_range.canonical(), scale, softcap or 0.0, dropout_p,
+        key_range, scale, softcap or 0.0, dropout_p,
     )  # fmt: skip
 
 
@@ -205,7 +208,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     q = tensors[0]
     if not isinstance(q, torch.Tensor):
         return tensors
-    kind = q.device.type
+    kind = "cpu" if q.is_cpu else q.device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
     low = (torch.float32, torch.bfloat16, torch.float16)

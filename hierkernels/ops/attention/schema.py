@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -127,7 +128,7 @@ def attention_forward(call: AttentionCall, backend: str) -> tuple[torch.Tensor, 
     Raises NotImplementedError if `backend` is given and refuses.
     """
     tensors = call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed
-    run = torch.ops.hierkernels.attention_forward.default
+    run: Callable[..., Any] = torch.ops.hierkernels.attention_forward.default
     if is_unwatched(tensors):
         needs_graph = torch.is_grad_enabled() and (
             call.q.requires_grad
