@@ -94,9 +94,10 @@ class KVCache:
         if self._buffer is None:
             two, batch, heads, _, channels = kv.shape
             self._buffer = kv.new_empty(two, batch, heads, self.capacity, channels)
-        start, self.length = self.length, self.length + kv.shape[3]
-        self._buffer[:, :, :, start : self.length] = kv
-        keys, values = self._buffer[:, :, :, : self.length].unbind(0)
+        new = kv.shape[3]
+        self._buffer.narrow(3, self.length, new).copy_(kv)
+        self.length += new
+        keys, values = self._buffer.narrow(3, 0, self.length).unbind(0)
         return keys, values
 
 

@@ -343,7 +343,7 @@ class MEGABYTE(nn.Module):
             for _ in range(total - sequence.shape[1]):
                 token = choose(decoder.append(new) if decoder else self(sequence)[:, -1])
                 yield token
-                new = rearrange(token, "b -> b 1")
+                new = token.unsqueeze(1)
                 if decoder is None:
                     sequence = torch.cat((sequence, new), dim=1)
         finally:

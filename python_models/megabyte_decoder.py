@@ -22,7 +22,20 @@ if TYPE_CHECKING:
     from python_models.megabyte import MEGABYTE
 
 
-class ShiftedNorm:
+class Norm:
+    """An RMSNorm as three calls: dividing the floor by the scale saves one."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        # rms(x) = |x| * scale
+        self.gain = norm.g / norm.scale
+        self.floor = norm.eps / norm.scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / length.clamp_(min=self.floor) * self.gain
+
+
+class ShiftedNorm(Norm):
     """Token shift, then RMSNorm, of the positions that follow those of earlier calls.
 
     ``last`` is the delayed half of the newest position's channels, ``(B, 1, C // 2)``; before the
@@ -30,24 +43,29 @@ class ShiftedNorm:
     """
 
     def __init__(self, norm: RMSNorm, batch: int) -> None:
+        super().__init__(norm)
         channels = norm.g.shape[0]
-        self.kept = channels - channels // 2
-        # rms(x) = |x| * scale: dividing the gain and the floor by scale saves a call a step.
-        self.gain = norm.g / norm.scale
-        self.floor = norm.eps / norm.scale
+        self.halves = (channels - channels // 2, channels // 2)
         self.zero = norm.g.new_zeros(batch, 1, channels // 2)
         self.last = self.zero
 
     def __call__(self, x: Tensor) -> Tensor:
-        delayed = x[..., self.kept :]
+        kept, delayed = x.split_with_sizes(self.halves, -1)
         if x.shape[1] == 1:
-            x = torch.cat((x[..., : self.kept], self.last), dim=-1)
+            x = torch.cat((kept, self.last), -1)
+            self.last = delayed
         else:
-            shifted = torch.cat((self.last, delayed[:, :-1]), dim=1)
-            x = torch.cat((x[..., : self.kept], shifted), dim=-1)
-        self.last = delayed[:, -1:]
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / length.clamp_(min=self.floor) * self.gain
+            x = torch.cat((kept, torch.cat((self.last, delayed[:, :-1]), 1)), -1)
+            self.last = delayed[:, -1:]
+        return super().__call__(x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """F.gelu; for one position, oneDNN's set-up alone takes longer than the three calls here."""
+    if x.shape[1] > 1 or x.dtype not in (torch.float32, torch.float64):  # 1 + erf needs the digits
+        return F.gelu(x)
+    half = x * 0.5
+    return torch.addcmul(half, half, torch.erf(x * 0.5**0.5))
 
 
 class Block:
@@ -58,6 +76,7 @@ class Block:
         self.heads = attention.heads
         self.attention_input = ShiftedNorm(attention.norm, batch)
         self.to_qkv = torch.cat((attention.to_q.weight, attention.to_kv.weight))
+        self.dim_head = self.to_qkv.shape[0] // (self.heads + 2)
         self.kv = KVCache(capacity)
         self.to_out = attention.to_out.weight
         norm, expand, _, _, contract = feed_forward
@@ -73,15 +92,17 @@ class Block:
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Runs the next positions ``x (B, N, C)``."""
-        heads = self.heads
-        qkv = F.linear(self.attention_input(x), self.to_qkv).unflatten(2, (heads + 2, -1))
-        qkv = qkv.transpose(1, 2)  # (B, H + 2, N, D): the queries, the key and the value
+        B, N, _ = x.shape
+        qkv = F.linear(self.attention_input(x), self.to_qkv)
+        # (B, H + 2, N, D): the queries, the key and the value
+        qkv = qkv.view(B, N, self.heads + 2, self.dim_head).transpose(1, 2)
         if rotary is not None:
             qkv = apply_rotary(qkv, rotary)
-        keys, values = self.kv.append(qkv[:, heads:].transpose(0, 1).unsqueeze(2))
-        out = hk.attention(qkv[:, :heads], keys, values, is_causal=True)
-        x = F.linear(out.transpose(1, 2).flatten(2), self.to_out) + x
-        hidden = F.gelu(F.linear(self.feed_forward_input(x), *self.expand))
+        q, kv = qkv.split_with_sizes((self.heads, 2), 1)
+        keys, values = self.kv.append(kv.transpose(0, 1).unsqueeze(2))
+        out = hk.attention(q, keys, values, is_causal=True)
+        x = F.linear(out.transpose(1, 2).reshape(B, N, -1), self.to_out) + x
+        hidden = gelu(F.linear(self.feed_forward_input(x), *self.expand))
         return F.linear(hidden, *self.contract) + x
 
 
@@ -112,9 +133,9 @@ class Stage:
         self.start = repeat(model.start_tokens[s], "c -> b 1 c", b=batch)
         transformer = model.transformers[s]
         self.blocks = [Block(layer, batch, self.positions + 1) for layer in transformer.layers]
-        self.norm = transformer.norm
+        self.norm = Norm(transformer.norm)
         self.rotary = rotary_tables(transformer, self.positions + 1)
-        self.project = model.to_next_transformer_projections[s]
+        self.project = None if self.is_finest else model.to_next_transformer_projections[s]
         self.row = 0
         self.length = 0
         self.output: Tensor | None = None
@@ -155,7 +176,8 @@ class Stage:
         for block in self.blocks:
             x = block(x, rotary)
         self.length = length
-        self.output = self.project(self.norm(x[:, -1:]))
+        x = self.norm(x if x.shape[1] == 1 else x[:, -1:])
+        self.output = x if self.project is None else self.project(x)
 
 
 class Decoder:
@@ -172,16 +194,18 @@ class Decoder:
             batch, capacity, dtype=torch.long, device=model.to_logits.weight.device
         )
         self.length = 0
+        self.to_logits = (model.to_logits.weight, model.to_logits.bias)
         self.stages = [Stage(model, s, batch) for s in range(model.stages)]
 
+    @torch.inference_mode()
     def append(self, ids: Tensor) -> Tensor:
         """Adds tokens ``ids (B, N)``; returns the logits ``(B, V)`` of the token after them."""
         start, self.length = self.length, self.length + ids.shape[1]
         if self.length == 0:
             return self.model.forward_empty(ids.shape[0])[:, 0]
-        self.ids[:, start : self.length] = ids
+        self.ids.narrow(1, start, ids.shape[1]).copy_(ids)
         so_far = self.ids[:, : self.length]
         output = None
         for stage in self.stages:
             output = stage.read(so_far, output)
-        return self.model.to_logits(output[:, 0])
+        return F.linear(output[:, 0], *self.to_logits)
