@@ -32,7 +32,7 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / length.clamp_(min=self.floor) * self.gain
+        return x / length.clamp_min_(self.floor) * self.gain
 
 
 class ShiftedNorm(Norm):
@@ -60,14 +60,6 @@ class ShiftedNorm(Norm):
         return super().__call__(x)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """F.gelu; for one position, oneDNN's set-up alone takes longer than the three calls here."""
-    if x.shape[1] > 1 or x.dtype not in (torch.float32, torch.float64):  # 1 + erf needs the digits
-        return F.gelu(x)
-    half = x * 0.5
-    return torch.addcmul(half, half, torch.erf(x * 0.5**0.5))
-
-
 class Block:
     """One block of a stage and what it remembers of the positions it has run."""
 
@@ -83,6 +75,8 @@ class Block:
         self.feed_forward_input = ShiftedNorm(norm, batch)
         self.expand = (expand.weight, expand.bias)
         self.contract = (contract.weight, contract.bias)
+        # Tensors: with a number, a product of so few elements takes twice as long.
+        self.half, self.root_half = contract.weight.new_tensor((0.5, 0.5**0.5)).unbind()
 
     def restart(self) -> None:
         """Forgets every position; the buffers stay."""
@@ -102,8 +96,15 @@ class Block:
         keys, values = self.kv.append(kv.transpose(0, 1).unsqueeze(2))
         out = hk.attention(q, keys, values, is_causal=True)
         x = F.linear(out.transpose(1, 2).reshape(B, N, -1), self.to_out) + x
-        hidden = gelu(F.linear(self.feed_forward_input(x), *self.expand))
+        hidden = self._gelu(F.linear(self.feed_forward_input(x), *self.expand))
         return F.linear(hidden, *self.contract) + x
+
+    def _gelu(self, x: Tensor) -> Tensor:
+        """F.gelu; for one position its set-up in oneDNN takes longer than the four calls here."""
+        if x.shape[1] > 1 or x.dtype not in (torch.float32, torch.float64):  # 1 + erf: all digits
+            return F.gelu(x)
+        half = x * self.half
+        return torch.addcmul(half, half, torch.erf(x * self.root_half))
 
 
 def rotary_tables(transformer: nn.Module, positions: int) -> tuple[Tensor, Tensor] | None:
@@ -131,6 +132,8 @@ class Stage:
         self.patch = model.patch_sizes[s]
         self.positions = model.max_seq_len[s]
         self.start = repeat(model.start_tokens[s], "c -> b 1 c", b=batch)
+        self.token_table = model.token_embs[0].weight
+        self.has_positions = model.pos_embs is not None
         transformer = model.transformers[s]
         self.blocks = [Block(layer, batch, self.positions + 1) for layer in transformer.layers]
         self.norm = Norm(transformer.norm)
@@ -164,7 +167,12 @@ class Stage:
             return self.start
         origin = self.row * self.positions
         new = ids[:, (origin + first) * self.patch : (origin + patches) * self.patch]
-        x = self.model.add_positions(self.s, self.model.embed_patches(self.s, new), first)
+        if self.is_finest:
+            x = F.embedding(new, self.token_table)
+        else:
+            x = self.model.embed_patches(self.s, new)
+        if self.has_positions:
+            x = self.model.add_positions(self.s, x, first)
         if context is not None:
             x = x + context[:, first:patches]
         return x if self.length else torch.cat((self.start, x), dim=1)
