@@ -93,7 +93,7 @@ class Block:
         if rotary is not None:
             qkv = apply_rotary(qkv, rotary)
         q, kv = qkv.split_with_sizes((self.heads, 2), 1)
-        keys, values = self.kv.append(kv.transpose(0, 1).unsqueeze(2))
+        keys, values = self.kv.append(kv)
         out = hk.attention(q, keys, values, is_causal=True)
         x = F.linear(out.transpose(1, 2).reshape(B, N, -1), self.to_out) + x
         hidden = self._gelu(F.linear(self.feed_forward_input(x), *self.expand))
