@@ -38,7 +38,7 @@ class Norm:
 class ShiftedNorm(Norm):
     """Token shift, then RMSNorm, of the positions that follow those of earlier calls.
 
-    ``last`` is the delayed half of the newest position's channels, ``(B, 1, C // 2)``; before the
+    ``last`` is the delayed half of the newest position's channels, ``(B, C // 2)``; before the
     first position it is zero.
     """
 
@@ -46,17 +46,18 @@ class ShiftedNorm(Norm):
         super().__init__(norm)
         channels = norm.g.shape[0]
         self.halves = (channels - channels // 2, channels // 2)
-        self.zero = norm.g.new_zeros(batch, 1, channels // 2)
+        self.zero = norm.g.new_zeros(batch, channels // 2)
         self.last = self.zero
 
     def __call__(self, x: Tensor) -> Tensor:
         kept, delayed = x.split_with_sizes(self.halves, -1)
-        if x.shape[1] == 1:
+        if x.ndim == 2:
             x = torch.cat((kept, self.last), -1)
             self.last = delayed
         else:
-            x = torch.cat((kept, torch.cat((self.last, delayed[:, :-1]), 1)), -1)
-            self.last = delayed[:, -1:]
+            shifted = torch.cat((self.last.unsqueeze(1), delayed[:, :-1]), 1)
+            x = torch.cat((kept, shifted), -1)
+            self.last = delayed[:, -1]
         return super().__call__(x)
 
 
@@ -85,23 +86,27 @@ class Block:
         self.feed_forward_input.last = self.feed_forward_input.zero
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Runs the next positions ``x (B, N, C)``."""
-        B, N, _ = x.shape
+        """Runs the next position ``x (B, C)``, or several, ``(B, N, C)``."""
+        single = x.ndim == 2
         qkv = F.linear(self.attention_input(x), self.to_qkv)
         # (B, H + 2, N, D): the queries, the key and the value
-        qkv = qkv.view(B, N, self.heads + 2, self.dim_head).transpose(1, 2)
+        if single:
+            qkv = qkv.view(-1, self.heads + 2, 1, self.dim_head)
+        else:
+            qkv = qkv.unflatten(2, (self.heads + 2, self.dim_head)).transpose(1, 2)
         if rotary is not None:
             qkv = apply_rotary(qkv, rotary)
         q, kv = qkv.split_with_sizes((self.heads, 2), 1)
         keys, values = self.kv.append(kv)
         out = hk.attention(q, keys, values, is_causal=True)
-        x = F.linear(out.transpose(1, 2).reshape(B, N, -1), self.to_out) + x
+        out = out.flatten(1) if single else out.transpose(1, 2).flatten(2)
+        x = F.linear(out, self.to_out) + x
         hidden = self._gelu(F.linear(self.feed_forward_input(x), *self.expand))
         return F.linear(hidden, *self.contract) + x
 
     def _gelu(self, x: Tensor) -> Tensor:
         """F.gelu; for one position its set-up in oneDNN takes longer than the four calls here."""
-        if x.shape[1] > 1 or x.dtype not in (torch.float32, torch.float64):  # 1 + erf: all digits
+        if x.ndim > 2 or x.dtype not in (torch.float32, torch.float64):  # 1 + erf needs all digits
             return F.gelu(x)
         half = x * self.half
         return torch.addcmul(half, half, torch.erf(x * self.root_half))
@@ -122,7 +127,7 @@ class Stage:
 
     ``row`` counts the sequences of the stage and ``length`` the positions run in this one; position
     0 is the start token, position ``n`` is patch ``n - 1``. ``output`` is what the newest position
-    says: ``(B, N, C)`` for the N positions of the next stage, or ``(B, 1, C)`` for the logits.
+    says: ``(B, N, C)`` for the N positions of the next stage, or ``(B, C)`` for the logits.
     """
 
     def __init__(self, model: MEGABYTE, s: int, batch: int) -> None:
@@ -131,7 +136,7 @@ class Stage:
         self.is_finest = s == model.stages - 1
         self.patch = model.patch_sizes[s]
         self.positions = model.max_seq_len[s]
-        self.start = repeat(model.start_tokens[s], "c -> b 1 c", b=batch)
+        self.start = repeat(model.start_tokens[s], "c -> b c", b=batch)
         self.token_table = model.token_embs[0].weight
         self.has_positions = model.pos_embs is not None
         transformer = model.transformers[s]
@@ -175,7 +180,9 @@ class Stage:
             x = self.model.add_positions(self.s, x, first)
         if context is not None:
             x = x + context[:, first:patches]
-        return x if self.length else torch.cat((self.start, x), dim=1)
+        if not self.length:
+            return torch.cat((self.start.unsqueeze(1), x), 1)
+        return x.squeeze(1) if x.shape[1] == 1 else x
 
     def _run(self, x: Tensor, length: int) -> None:
         rotary = self.rotary
@@ -184,8 +191,8 @@ class Stage:
         for block in self.blocks:
             x = block(x, rotary)
         self.length = length
-        x = self.norm(x if x.shape[1] == 1 else x[:, -1:])
-        self.output = x if self.project is None else self.project(x)
+        x = self.norm(x if x.ndim == 2 else x[:, -1])
+        self.output = x if self.project is None else self.project(x.unsqueeze(1))
 
 
 class Decoder:
@@ -216,4 +223,4 @@ class Decoder:
         output = None
         for stage in self.stages:
             output = stage.read(so_far, output)
-        return F.linear(output[:, 0], *self.to_logits)
+        return F.linear(output, *self.to_logits)
