@@ -331,17 +331,19 @@ class MEGABYTE(nn.Module):
 
         return self._draw(prime.long(), total, choose, use_cache)
 
-    @torch.no_grad()
     def _draw(
         self, sequence: Tensor, total: int, choose: Callable[[Tensor], Tensor], use_cache: bool
     ) -> Generator[Tensor, None, None]:
         was_training = self.training
         self.eval()
         try:
-            decoder = Decoder(self, sequence.shape[0]) if use_cache else None
+            with torch.inference_mode():
+                decoder = Decoder(self, sequence.shape[0]) if use_cache else None
             new = sequence
             for _ in range(total - sequence.shape[1]):
-                token = choose(decoder.append(new) if decoder else self(sequence)[:, -1])
+                with torch.inference_mode():
+                    logits = decoder.append(new) if decoder else self(sequence)[:, -1]
+                token = choose(logits)  # outside, so that it is an ordinary tensor
                 yield token
                 new = token.unsqueeze(1)
                 if decoder is None:
@@ -389,7 +391,7 @@ class MEGABYTE(nn.Module):
             generator=generator,
         )
         start = self._empty_sequences(default_batch_size) if prime is None else prime.long()
-        sequence = torch.cat((start, *(rearrange(token, "b -> b 1") for token in tokens)), dim=1)
+        sequence = torch.cat((start, *(token.unsqueeze(1) for token in tokens)), dim=1)
         return sequence if seq_len is not None else sequence.unflatten(1, self.max_seq_len)
 
     def _empty_sequences(self, batch: int) -> Tensor:

@@ -143,6 +143,12 @@ class Stage:
         self.blocks = [Block(layer, batch, self.positions + 1) for layer in transformer.layers]
         self.norm = Norm(transformer.norm)
         self.rotary = rotary_tables(transformer, self.positions + 1)
+        # The rows of the tables: a slice of each for every token adds up.
+        self.rotary_rows = (
+            None
+            if self.rotary is None
+            else list(zip(*(t.split(1, dim=1) for t in self.rotary), strict=True))
+        )
         self.project = None if self.is_finest else model.to_next_transformer_projections[s]
         self.row = 0
         self.length = 0
@@ -185,9 +191,13 @@ class Stage:
         return x.squeeze(1) if x.shape[1] == 1 else x
 
     def _run(self, x: Tensor, length: int) -> None:
-        rotary = self.rotary
-        if rotary is not None:
-            rotary = rotary[0][:, self.length : length], rotary[1][:, self.length : length]
+        if self.rotary is None:
+            rotary = None
+        elif x.ndim == 2:
+            rotary = self.rotary_rows[self.length]
+        else:
+            cos, sin = self.rotary
+            rotary = cos[:, self.length : length], sin[:, self.length : length]
         for block in self.blocks:
             x = block(x, rotary)
         self.length = length
@@ -199,7 +209,8 @@ class Decoder:
     """Evaluates a MEGABYTE on sequences that grow, without computing anything twice.
 
     A token costs one position of the finest stage and, at the end of a patch, one of each stage
-    above. Dropout is off. The weights must not change meanwhile.
+    above. Dropout is off. The weights must not change meanwhile. Use it in torch.inference_mode or
+    torch.no_grad: it writes into its buffers.
     """
 
     def __init__(self, model: MEGABYTE, batch: int) -> None:
@@ -212,7 +223,6 @@ class Decoder:
         self.to_logits = (model.to_logits.weight, model.to_logits.bias)
         self.stages = [Stage(model, s, batch) for s in range(model.stages)]
 
-    @torch.inference_mode()
     def append(self, ids: Tensor) -> Tensor:
         """Adds tokens ``ids (B, N)``; returns the logits ``(B, V)`` of the token after them."""
         start, self.length = self.length, self.length + ids.shape[1]
