@@ -46,9 +46,12 @@ int integers(const py::object& tuple, int64_t* out) {
 Tensor tensor(const py::object& t) {
   Tensor out;
   if (t.is_none()) return out;
-  // Interned names, and Python's own functions where pybind11 would look at types first: a call is made of microseconds.
-  static PyObject *const kDataPtr = PyUnicode_InternFromString("data_ptr"), *const kDtype = PyUnicode_InternFromString("dtype"),
-                         *const kShape = PyUnicode_InternFromString("shape"), *const kStride = PyUnicode_InternFromString("stride");
+  // Interned names, and Python's own functions where pybind11 would look at types first: a call is
+  // made of microseconds.
+  static PyObject* const kDataPtr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const kDtype = PyUnicode_InternFromString("dtype");
+  static PyObject* const kShape = PyUnicode_InternFromString("shape");
+  static PyObject* const kStride = PyUnicode_InternFromString("stride");
   out.data = PyLong_AsVoidPtr(checked(PyObject_CallMethodNoArgs(t.ptr(), kDataPtr)).ptr());
   if (!out.data && PyErr_Occurred()) throw py::error_already_set();
   out.dtype = dtype_of(checked(PyObject_GetAttr(t.ptr(), kDtype)));

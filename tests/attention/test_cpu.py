@@ -455,5 +455,11 @@ def test_refuses_what_it_cannot_do() -> None:
     wide = torch.zeros(1, 1, 2, cpu.MAX_DIM + 1)
     with pytest.raises(NotImplementedError, match=f"head channels above {cpu.MAX_DIM}"):
         hk.attention(wide, wide, wide, backend="cpu")
+    short, huge = torch.zeros(1, 1, 2, 8), torch.zeros(8).expand(1, 1, 2**31, 8)  # no memory
+    for q, kv, what in ((huge, short, "queries"), (short, huge, "keys")):
+        with pytest.raises(NotImplementedError, match=f"{2**31} {what}, at most {cpu.MAX_LENGTH}"):
+            hk.attention(q, kv, kv, backend="cpu")
+    limit = huge[:, :, : cpu.MAX_LENGTH]
+    assert hk.explain("attention", short, limit, limit).backend == "cpu"
     call = make_inputs(CASES["causal-n9"], torch.float32).call()
     assert cpu.supports(call) == [] and reference.supports(call) == []

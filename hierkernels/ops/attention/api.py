@@ -245,7 +245,8 @@ def attention(
         window_size: (left, right): the keys from `left` before to `right` after that position, both
             inclusive; None on a side = unlimited. With is_causal, right is 0.
         attn_bias: float, broadcastable to (B, Hq, Nq, Nk), added to the scaled scores;
-            differentiable, its gradient is summed over the broadcast dimensions.
+            differentiable, its gradient is summed over the broadcast dimensions. For masks made
+            of numbers see below.
         attn_mask: bool, broadcastable to (B, Hq, Nq, Nk), True = may attend.
         key_padding_mask: bool (B, Nk), True = real token.
         dropout_p: probability, in [0, 1), that an attention weight is dropped.
@@ -263,6 +264,14 @@ def attention(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, value, dtype or device.
         NotImplementedError: the backend asked for does not support the call; lists the reasons.
+
+    Masks made of numbers:
+        -inf and the torch.finfo(...).min of float32 or bfloat16 (for float64 inputs: of float64)
+        hide a key as attn_mask does. So a query all of whose keys are hidden has out 0, where an
+        eager softmax gives NaN for -inf and averages all values for the least number. Every other
+        number is an ordinary score, -1e9 and the least float16 too: it hides a key beside visible
+        ones, but a query that has no others averages the values, rounding spoils its gradient,
+        and with numbers beyond -1e9 the kernels may give NaN gradients. Prefer attn_mask.
 
     Equivalent to (no window, dropout or softcap):
         p = softmax(q @ k.mT * scale + attn_bias masked to -inf, dim=-1); out = p @ v

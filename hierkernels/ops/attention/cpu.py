@@ -9,6 +9,7 @@ from hierkernels.ops.attention.call import AttentionCall
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DIM = 512
+MAX_LENGTH = 2**31 - 2**16  # positions are 32-bit integers, up to a tile beyond the last
 
 
 def supports(call: AttentionCall) -> list[str]:
@@ -20,8 +21,12 @@ def supports(call: AttentionCall) -> list[str]:
         reasons.append(f"the compiled kernels are missing: {native_error()}")
     if call.q.dtype not in _DTYPES:
         reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16, float64")
-    if max(call.q.shape[-1], call.v.shape[-1]) > MAX_DIM:
+    (_, _, Nq, D), (_, _, Nk, Dv) = call.q.shape, call.v.shape
+    if D > MAX_DIM or Dv > MAX_DIM:
         reasons.append(f"head channels above {MAX_DIM}")
+    for n, name in ((Nq, "queries"), (Nk, "keys")):
+        if n > MAX_LENGTH:
+            reasons.append(f"{n} {name}, at most {MAX_LENGTH} are supported")
     return reasons
 
 
