@@ -1,8 +1,10 @@
 """Fused kernels for hierarchical, local and sparse sequence models."""
 
 from hierkernels.dispatch import BACKENDS, use_backend
+from hierkernels.explain import explain
 from hierkernels.key_range import KeyRange, Staircase
-from hierkernels.ops.attention import attention, explain
+from hierkernels.ops.attention import attention
+from hierkernels.ops.causal_sgu import causal_sgu
 from hierkernels.version import __version__
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "Staircase",
     "__version__",
     "attention",
+    "causal_sgu",
     "explain",
     "use_backend",
 ]

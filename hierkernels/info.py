@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from hierkernels import dispatch
+from hierkernels.explain import PROBLEMS, explain
 from hierkernels.native import native, native_error
-from hierkernels.ops.attention import explain
 from hierkernels.version import __version__
 
 Section = tuple[str, list[tuple[str, str]]]
@@ -74,24 +74,32 @@ def _without_paths(text: str) -> str:
     return text.replace(f"{Path(__file__).resolve().parent}", "hierkernels")
 
 
-def _backends(device: str) -> Section:
-    """Each backend's state for a plain attention call on the device, and the automatic choice."""
-    example = torch.empty(1, 1, 1, 64, device=device)
+def _plain_call(op: str, device: str) -> tuple[torch.Tensor, ...]:
+    """Arguments of the plainest call of an operator."""
+    if op == "causal_sgu":
+        shapes: tuple[tuple[int, ...], ...] = ((1, 1, 64), (1, 1, 64), (1, 1, 1), (1, 1))
+    else:
+        shapes = ((1, 1, 1, 64),) * 3
+    return tuple(torch.empty(shape, device=device) for shape in shapes)
+
+
+def _backends(op: str, device: str) -> Section:
+    """Each backend's state for a plain call of the operator, and the automatic choice."""
     with dispatch.use_backend(None):  # the machine's choice, not the environment's
-        choice = explain("attention", example, example, example)
+        choice = explain(op, *_plain_call(op, device))
     rows = []
     for backend in dispatch.BACKENDS:
         reasons = choice.refusals.get(backend)
         state = "; ".join(map(_without_paths, reasons)) if reasons else "ready"
         rows.append((backend, state + (", used by default" if backend == choice.backend else "")))
-    return f"attention on {device}", rows
+    return f"{op} on {device}", rows
 
 
 def report() -> str:
     """Versions, devices, the compiled core and the state of every backend, as aligned text."""
-    sections = [_versions(), _devices(), _core(), _backends("cpu")]
-    if torch.cuda.is_available():
-        sections.append(_backends("cuda"))
+    sections = [_versions(), _devices(), _core()]
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    sections += [_backends(op, device) for op in PROBLEMS for device in devices]
     width = max(len(name) for _, rows in sections for name, _ in rows)
     lines = []
     for title, rows in sections:

@@ -18,15 +18,18 @@ struct Tensor {
   T* as() const {
     return static_cast<T*>(data);
   }
+  int64_t element_bytes() const {
+    constexpr int64_t kBytes[] = {4, 8, 2, 2, 1, 8};
+    return kBytes[static_cast<int>(dtype)];
+  }
   // From the first to past the last element, in bytes.
   int64_t span_bytes() const {
-    constexpr int64_t kElementBytes[] = {4, 8, 2, 2, 1, 8};
     int64_t elements = 1;
     for (int d = 0; d < ndim; ++d) {
       if (size[d] == 0) return 0;
       elements += (size[d] - 1) * stride[d];
     }
-    return elements * kElementBytes[static_cast<int>(dtype)];
+    return elements * element_bytes();
   }
   // The same memory, read with stride 0 along every dimension of size 1.
   Tensor broadcast() const {

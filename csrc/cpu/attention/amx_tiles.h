@@ -195,20 +195,9 @@ HK_INLINE void copy_row(const bf16* row, int dim, int steps, __m512i flip, bf16*
     _mm512_store_si512(out + 32 * s, _mm512_xor_si512(load_channels(row, 32 * s, dim), flip));
 }
 
-// Asks for the cache lines of a row: of the next task while this one computes, or of a result before it is stored.
-HK_INLINE void prefetch_row(const bf16* row, int steps) {
-  for (int s = 0; s < steps; ++s) __builtin_prefetch(row + 32 * s, 0, 2);
-}
+// Asks for the cache lines of a row of a result before it is stored.
 HK_INLINE void prefetch_row_to_write(const bf16* row, int steps) {
   for (int s = 0; s < steps; ++s) __builtin_prefetch(row + 32 * s, 1, 2);
-}
-
-// The distance from key/value head h of batch entry b, or its group of query heads, to the next one, in elements; 0
-// after the last. Threads take heads in this order.
-HK_INLINE int64_t to_next_head(const Tensor& t, int64_t b, int64_t h, int64_t kv_heads) {
-  const int64_t each = t.size[1] / kv_heads;
-  if (h + 1 < kv_heads) return each * t.stride[1];
-  return b + 1 < t.size[0] ? t.stride[0] - h * each * t.stride[1] : 0;
 }
 
 // Whether to write a result past the caches: it is large, and its rows are whole cache lines.

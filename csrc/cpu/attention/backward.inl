@@ -21,14 +21,16 @@ class Backward {
   Backward(const AttentionParams& p, const Storage<F>& storage)
       : p_(p),
         storage_(storage),
-        shape_(p),
-        blocks_{p.n_queries() * p.group(), tile_rows(p)},
+        shape_(p, backward_rows(p), kTileKeys),
+        blocks_{p.n_queries() * p.group(), backward_rows(p)},
         key_tiles_(p.n_keys() <= kTileKeys ? 1 : (p.n_keys() + kTileKeys - 1) / kTileKeys),
         whole_(key_tiles_ == 1) {
     const Rows q = rows_of(p.q, storage, 0, 0, p.group()), dout = rows_of(p.dout, storage, 0, 0, p.group());
     q_in_place_ = storage.native && shape_.dim == shape_.padded && q.uniform_stride(p.n_queries()) != 0;
     dout_in_place_ = storage.native && shape_.dim_v == shape_.padded_v && dout.uniform_stride(p.n_queries()) != 0;
     k_in_place_ = storage.native && shape_.dim == shape_.padded;
+    v_in_place_ = storage.native && shape_.dim_v == shape_.padded_v;
+    dq_in_place_ = whole_ && k_in_place_ && rows_of(p.dq, storage, 0, 0, p.group()).uniform_stride(p.n_queries()) != 0;
     dq_rows_ = whole_ ? shape_.rows : blocks_.rows;
     plan_ = plan_backward(p, omp_get_max_threads(), key_tiles_, dq_size() * static_cast<int64_t>(sizeof(F)), sizeof(F));
 
@@ -50,7 +52,7 @@ class Backward {
     keep_at_ = part(kTileKeys);
     largest_at_ = part(kTileRows);
     slope_at_ = part(p.softcap ? shape_.rows * shape_.stride : 0);
-    additive_at_ = part(TileModifiers<F>::additive_rows(p) * kTileKeys);
+    additive_at_ = part(TileModifiers<F>::additive_rows(p) * kMostTileKeys);
     dq_at_ = part(plan_.splits > 1 ? 0 : dq_size());
   }
 
@@ -96,6 +98,7 @@ class Backward {
     F *scores, *dp, *k_panels, *v_panels, *k, *q, *dout, *dk, *dv, *lse, *lse_low, *delta, *dq;
     TileModifiers<F> modifiers;
     GradientRows<F> rows;
+    NextInputs next;
 
     Work(const Backward& f, char* scratch)
         : tile(*new (scratch + f.tile_at_) TileRows),
@@ -182,9 +185,8 @@ class Backward {
     const int64_t key = index * kTileKeys, left = p_.n_keys() - key;
     const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
     const Rows k_rows = rows_of(p_.k, storage_, t.b, t.kv_head, 1), v_rows = rows_of(p_.v, storage_, t.b, t.kv_head, 1);
-    prefetch_next(p_, storage_, p_.k, t.b, t.kv_head);
+    w.next.aim(p_, {&p_.k, &p_.v, &p_.q, &p_.dout}, t.b, t.kv_head);
     storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k_panels, shape_.panel);
-    prefetch_next(p_, storage_, p_.v, t.b, t.kv_head);
     storage_.transpose(v_rows, key, keys, shape_.dim_v, F(1), w.v_panels, shape_.panel);
     const Operand k = operand(k_in_place_, k_rows, k_rows.token_stride, key, keys, shape_.dim, shape_.padded, w.k);
 
@@ -195,21 +197,28 @@ class Backward {
       block = p_.range.hi.first_reaching(key + 1, queries) * p_.group() / blocks_.size;
       end = (p_.range.lo.first_reaching(key + keys, queries) * p_.group() + blocks_.size - 1) / blocks_.size;
     }
-    Update update = Update::kStore;
-    for (; block < end; ++block, update = Update::kAdd) row_block(w, t, block, key, keys, k, dq, dbias, update);
-    if (update == Update::kStore) {
+    // dK and dV that come from one block of rows are written where they belong, others are summed in scratch.
+    const bool once = end - block == 1;
+    const Rows dk_rows = rows_of(p_.dk, storage_, t.b, t.kv_head, 1), dv_rows = rows_of(p_.dv, storage_, t.b, t.kv_head, 1);
+    Target<F> dk = {w.dk, shape_.padded, Update::kStore}, dv = {w.dv, shape_.padded_v, Update::kStore};
+    const bool dk_in_place = once && k_in_place_, dv_in_place = once && v_in_place_;
+    if (dk_in_place) dk = target_in<F>(p_.dk, dk_rows, p_.n_keys(), key, Update::kStore, nullptr);
+    if (dv_in_place) dv = target_in<F>(p_.dv, dv_rows, p_.n_keys(), key, Update::kStore, nullptr);
+    if (block >= end) {
       clear(w.dk, 0, keys * shape_.padded);
       clear(w.dv, 0, keys * shape_.padded_v);
     }
+    for (; block < end; ++block, dk.update = dv.update = Update::kAdd) row_block(w, t, block, key, keys, k, dq, dbias, dk, dv);
+    w.next.ask_rest();
     const F one = F(1);
-    storage_.store(rows_of(p_.dk, storage_, t.b, t.kv_head, 1), key, keys, shape_.dim, w.dk, shape_.padded, &one, 0,
-                   is_large(p_.dk, storage_.bytes));
-    storage_.store(rows_of(p_.dv, storage_, t.b, t.kv_head, 1), key, keys, shape_.dim_v, w.dv, shape_.padded_v, &one, 0,
-                   is_large(p_.dv, storage_.bytes));
+    if (!dk_in_place)
+      storage_.store(dk_rows, key, keys, shape_.dim, w.dk, shape_.padded, &one, 0, is_large(p_.dk, storage_.bytes));
+    if (!dv_in_place)
+      storage_.store(dv_rows, key, keys, shape_.dim_v, w.dv, shape_.padded_v, &one, 0, is_large(p_.dv, storage_.bytes));
   }
 
   void row_block(Work& w, const BackwardTask& t, int64_t block, int64_t key, int keys, const Operand& k, F* dq,
-                 F* dbias, Update update) const {
+                 F* dbias, const Target<F>& dk, const Target<F>& dv) const {
     const int64_t group = p_.group(), first = blocks_.first(block);
     TileRows& tile = w.tile;
     tile.set_rows(p_.range, first, blocks_.rows_of(block), group, p_.n_keys());
@@ -230,10 +239,9 @@ class Backward {
 
     const int64_t stride = shape_.stride;
     multiply_scores(tile, q.data, q.stride, w.k_panels, shape_.panel, shape_.dim, w.scores, stride,
-                    [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
+                    w.next, [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
     multiply_scores(tile, dout.data, dout.stride, w.v_panels, shape_.panel, shape_.dim_v, w.dp, stride,
-                    [&](int r, int from, int to) { bias.prefetch(tile, r, from, to); });
-    prefetch_next(p_, storage_, p_.q, t.b, t.kv_head);
+                    w.next, [&](int r, int from, int to) { bias.prefetch(tile, r, from, to); });
     if (whole_) {
       prepare_rows(t, first, tile.n, w.lse, w.lse_low, w.delta);
       w.rows.dlse = w.delta;
@@ -244,13 +252,15 @@ class Backward {
       w.rows.delta = w.delta + first;
       gradient_tile<false>(tile, w.modifiers, w.rows, bias, w.scores, w.dp, stride);
     }
-    prefetch_next(p_, storage_, p_.dout, t.b, t.kv_head);
-    multiply_keys(tile, w.scores, stride, dout.data, dout.stride, shape_.dim_v, w.dv, shape_.padded_v, update);
-    multiply_keys(tile, w.dp, stride, q.data, q.stride, shape_.dim, w.dk, shape_.padded, update);
-    F* dq_block = whole_ ? dq : dq + first * shape_.padded;
-    multiply_rows(tile, w.dp, stride, k.data, k.stride, shape_.dim, dq_block, shape_.padded,
-                  whole_ ? Update::kStore : Update::kAdd, static_cast<const F*>(nullptr));
-    if (whole_) store_dq(t, first, tile.n, dq);
+    multiply_keys(tile, w.scores, stride, dout.data, dout.stride, shape_.dim_v, dv, w.next);
+    multiply_keys(tile, w.dp, stride, q.data, q.stride, shape_.dim, dk, w.next);
+    Target<F> dq_target = {whole_ ? dq : dq + first * shape_.padded, shape_.padded, whole_ ? Update::kStore : Update::kAdd};
+    if (dq_in_place_) {
+      const Rows rows = rows_of(p_.dq, storage_, t.b, t.kv_head, group);
+      dq_target = target_in<F>(p_.dq, rows, queries, first, Update::kStore, nullptr);
+    }
+    multiply_rows(tile, w.dp, stride, k.data, k.stride, shape_.dim, dq_target, w.next);
+    if (whole_ && !dq_in_place_) store_dq(t, first, tile.n, dq);
   }
 
   Operand operand(bool in_place, const Rows& rows, int64_t stride, int64_t first, int n, int dim, int padded,
@@ -288,7 +298,7 @@ class Backward {
   RowBlocks blocks_;
   int64_t key_tiles_;
   bool whole_;  // one tile holds all keys
-  bool q_in_place_, dout_in_place_, k_in_place_;
+  bool q_in_place_, dout_in_place_, k_in_place_, v_in_place_, dq_in_place_;
   int64_t dq_rows_;  // rows of dQ in scratch: all, or those of a block if the tile is whole
   BackwardPlan plan_;
   F* shared_ = nullptr;  // partial dQ, then copies of dbias

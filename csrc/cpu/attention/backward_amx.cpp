@@ -19,6 +19,7 @@
 #include "../simd_math.h"
 #include "amx_tiles.h"
 #include "attention.h"
+#include "next_inputs.h"
 #include "bias_gradient.h"
 #include "score_modifiers.h"
 
@@ -30,7 +31,6 @@ constexpr int kTiles = kBlock / 32;       // strips of keys, and tiles of rows, 
 constexpr int kScoreStride = kBlock + 16; // padded against 4K aliasing
 constexpr int kProbStride = kBlock + 32;
 constexpr int64_t kSegment = 4096;        // rows whose packs are kept at a time
-constexpr int64_t kShort = 128;           // rows and keys up to which the next head is prefetched
 constexpr float kNever = 1e30f;           // the log-sum-exp of a row that sees nothing: exp2(s - kNever) = 0
 
 // dS of two keys, as the pairs that a B tile wants.
@@ -46,7 +46,6 @@ struct Backward {
   const int steps, v_steps;  // of 32 channels of q and k, of v
   const int64_t B, Hkv, Nq, Nk;
   const int64_t rows, keys;  // packed rows of a key/value head; keys rounded up to 32
-  const bool prefetch;    // heads are short: each asks for the inputs of the next
   const bool stream_dq, stream_dk, stream_dv;  // written past the caches
   int64_t segment, splits;
 
@@ -66,7 +65,6 @@ struct Backward {
         Nk(params.n_keys()),
         rows(Nq * G),
         keys((Nk + 31) & ~int64_t{31}),
-        prefetch(rows <= kShort && Nk <= kShort),
         stream_dq(worth_streaming(params.dq)),
         stream_dk(worth_streaming(params.dk)),
         stream_dv(worth_streaming(params.dv)) {
@@ -156,6 +154,7 @@ struct Task {
   const int64_t b, h, split;
   float *dk, *dv;
   const __m512 factor;  // of a score, to base 2
+  mutable NextInputs next;
 
   Task(const Backward& backward, const Backward::Buffers& buffers, const BiasGradient<float>& bias_gradient,
        int64_t batch, int64_t kv_head, int64_t which, float* dk_sum, float* dv_sum)
@@ -168,7 +167,9 @@ struct Task {
         split(which),
         dk(dk_sum),
         dv(dv_sum),
-        factor(_mm512_set1_ps(static_cast<float>(backward.p.scale) * kLog2ef)) {}
+        factor(_mm512_set1_ps(static_cast<float>(backward.p.scale) * kLog2ef)) {
+    next.aim(f.p, {&f.p.q, &f.p.dout, &f.p.out, &f.p.k, &f.p.v}, b, h);
+  }
 
   // ---- a segment of rows ----
 
@@ -191,14 +192,6 @@ struct Task {
       pack_rows(q, n, f.D, f.steps, m.q_n + r * f.steps * 32);
       pack_rows(g, n, f.Dv, f.v_steps, m.g_n + r * f.v_steps * 32);
     }
-    if (f.prefetch) {
-      const Tensor* inputs[] = {&f.p.q, &f.p.dout, &f.p.out};
-      for (const Tensor* t : inputs) {
-        const int64_t next = to_next_head(*t, b, h, f.Hkv);
-        const int t_steps = t == &f.p.q ? f.steps : f.v_steps;
-        for (int r = 0; r < count; ++r) prefetch_row(at(*t, row0 + r) + next, t_steps);
-      }
-    }
     f.p.range.lo.fill(row0, count, f.G, f.Nk, m.lo);
     f.p.range.hi.fill(row0, count, f.G, f.Nk, m.hi);
     for (int r = 0; r < count; ++r) {
@@ -209,6 +202,7 @@ struct Task {
       m.delta[r] = empty ? 0.f
                          : dot_row(at(f.p.out, row0 + r), at(f.p.dout, row0 + r), f.Dv) -
                                (f.p.dlse ? f.p.dlse.as<float>()[line] : 0.f);
+      next.ask(f.steps);
     }
     for (int r = count; r < padded; ++r) {
       m.lo[r] = m.lo[count - 1];
@@ -244,16 +238,10 @@ struct Task {
     const bf16* k0 = k.as<bf16>() + b * k.stride[0] + h * k.stride[1] + j0 * k.stride[2];
     const bf16* v0 = v.as<bf16>() + b * v.stride[0] + h * v.stride[1] + j0 * v.stride[2];
     const __m512i none = _mm512_setzero_si512();
-    if (f.prefetch) {
-      const int64_t next_k = to_next_head(k, b, h, f.Hkv), next_v = to_next_head(v, b, h, f.Hkv);
-      for (int j = 0; j < n; ++j) {
-        prefetch_row(k0 + next_k + j * k.stride[2], f.steps);
-        prefetch_row(v0 + next_v + j * v.stride[2], f.v_steps);
-      }
-    }
     for (int j = 0; j < n; ++j) {
       copy_row(k0 + j * k.stride[2], f.D, f.steps, none, m.k + j * f.steps * 32);
       copy_row(v0 + j * v.stride[2], f.Dv, f.v_steps, none, m.v + j * f.v_steps * 32);
+      next.ask(f.steps);
     }
     if (n % 2) {  // elements come by pairs of keys
       zero_row(f.steps, m.k + n * f.steps * 32);
@@ -365,10 +353,12 @@ struct Task {
                       m.hi + first_row + t * 32};
     bf16* pair = m.pairs + (t * 2 * kTiles + strip) * kTile;
     int j = 0;
-    for (; j < keys; j += 2)
+    for (; j < keys; j += 2) {
       element<kEdge, kModified, kHalves>(m.s + j * kScoreStride + t * 32, m.g + j * kScoreStride + t * 32, lanes,
                                          strip * 32 + j, key0 + strip * 32 + j, t * 32, m.prob + j * kProbStride + t * 32,
                                          m.ds + j * kProbStride + t * 32, pair + j / 2 * 32, kTiles * kTile);
+      next.ask(f.steps);
+    }
     for (; j < 32; j += 2) {  // keys past the end must be finite: they meet zeros of K^T
       _mm512_store_si512(pair + j / 2 * 32, _mm512_setzero_si512());
       _mm512_store_si512(pair + kTiles * kTile + j / 2 * 32, _mm512_setzero_si512());
@@ -461,6 +451,7 @@ struct Task {
         for (int row = first; row < last; row += kBlock)
           block(row0, row, min_of(last, count) - row < kBlock ? min_of(last, count) - row : kBlock, j0, (n + 31) / 32);
       }
+      next.ask_rest();
       store_dq(row0, count);
     }
   }

@@ -15,10 +15,11 @@ template <class F>
 class Forward {
  public:
   Forward(const AttentionParams& p, const Storage<F>& storage)
-      : p_(p), storage_(storage), shape_(p), blocks_{p.n_queries() * p.group(), tile_rows(p)} {
+      : p_(p), storage_(storage), shape_(p, forward_rows(p), kMostTileKeys), blocks_{p.n_queries() * p.group(), forward_rows(p)} {
     const Rows q = rows_of(p.q, storage, 0, 0, p.group());
     q_in_place_ = storage.native && q.uniform_stride(p.n_queries()) != 0;
     v_in_place_ = storage.native && shape_.dim_v == shape_.padded_v;
+    out_in_place_ = v_in_place_ && rows_of(p.out, storage, 0, 0, p.group()).uniform_stride(p.n_queries()) != 0;
 
     const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
     tile_at_ = layout_.add(sizeof(TileRows));
@@ -29,8 +30,8 @@ class Forward {
     v_at_ = part(v_in_place_ ? 0 : keys * shape_.padded_v);
     q_at_ = part(q_in_place_ ? 0 : shape_.rows * shape_.padded);
     rows_at_ = part(5 * kTileRows);
-    keep_at_ = part(kTileKeys);
-    additive_at_ = part(TileModifiers<F>::additive_rows(p) * kTileKeys);
+    keep_at_ = part(kMostTileKeys);
+    additive_at_ = part(TileModifiers<F>::additive_rows(p) * kMostTileKeys);
   }
 
   void run() {
@@ -54,6 +55,7 @@ class Forward {
     F *scores, *out, *k, *v, *q, *keep, *inverse;
     SoftmaxRows<F> rows;
     TileModifiers<F> modifiers;
+    NextInputs next;
 
     Work(const Forward& f, char* scratch)
         : tile(*new (scratch + f.tile_at_) TileRows),
@@ -90,13 +92,16 @@ class Forward {
       store(w.rows.sum + r, zero<F>());
     }
 
+    w.next.aim(p_, {&p_.k, &p_.q, &p_.v}, b, kv_head);
+    const int64_t all_keys = tile.keys_end - tile.keys_begin;
+    const int most_keys = all_keys <= kMostTileKeys ? kMostTileKeys : kTileKeys;
+    const bool direct = out_in_place_ && all_keys > 0 && all_keys <= kMostTileKeys;
     Update update = Update::kStore;
-    for (int64_t key = tile.keys_begin; key < tile.keys_end; key += kTileKeys) {
+    for (int64_t key = tile.keys_begin; key < tile.keys_end; key += most_keys) {
       const int64_t left = tile.keys_end - key;
-      const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
+      const int keys = left < most_keys ? static_cast<int>(left) : most_keys;
       tile.set_keys(key, keys);
       w.modifiers.set_tile(b, kv_head, tile);
-      prefetch_next(p_, storage_, p_.k, b, kv_head);
       storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k, shape_.panel);
       const F* v = w.v;
       int64_t v_stride = shape_.padded_v;
@@ -106,41 +111,45 @@ class Forward {
       } else {
         storage_.load(v_rows, key, keys, shape_.dim_v, w.v, shape_.padded_v);
       }
-      multiply_scores(tile, q, q_stride, w.k, shape_.panel, shape_.dim, w.scores, shape_.stride,
+      multiply_scores(tile, q, q_stride, w.k, shape_.panel, shape_.dim, w.scores, shape_.stride, w.next,
                       [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
-      prefetch_next(p_, storage_, p_.q, b, kv_head);
       softmax_tile(tile, w.modifiers, w.scores, shape_.stride, w.keep, w.rows);
-      prefetch_next(p_, storage_, p_.v, b, kv_head);
-      multiply_rows(tile, w.scores, shape_.stride, v, v_stride, shape_.dim_v, w.out, shape_.padded_v, update,
-                    w.rows.rescale);
+      Target<F> out = {w.out, shape_.padded_v, update, w.rows.rescale};
+      if (direct) {
+        invert_sums(w);
+        const Rows rows = rows_of(p_.out, storage_, b, kv_head, group);
+        out = target_in(p_.out, rows, p_.n_queries(), first, Update::kScale, w.inverse);
+      }
+      multiply_rows(tile, w.scores, shape_.stride, v, v_stride, shape_.dim_v, out, w.next);
       update = Update::kRescale;
     }
-    if (update == Update::kStore) clear(w.out, 0, tile.n * shape_.padded_v);
-    finish(w, b, kv_head);
+    w.next.ask_rest();
+    if (!direct) {
+      if (update == Update::kStore) clear(w.out, 0, tile.n * shape_.padded_v);
+      invert_sums(w);
+      storage_.store(rows_of(p_.out, storage_, b, kv_head, group), tile.first, tile.n, shape_.dim_v, w.out,
+                     shape_.padded_v, w.inverse, 1, is_large(p_.out, storage_.bytes));
+    }
+    F* lse = p_.lse.as<F>() + (b * p_.heads() + kv_head * group) * p_.n_queries();
+    for (int r = 0; r < tile.n; ++r)
+      lse[tile.head[r] * p_.n_queries() + tile.query[r]] = natural_lse(w.rows.max[r], w.rows.sum[r]);
   }
 
-  void finish(Work& w, int64_t b, int64_t kv_head) const {
-    constexpr int W = kWidth<F>;
-    const TileRows& tile = w.tile;
-    for (int r = 0; r < tile.n; r += W) {
+  // The factor of each row, 0 if it sees nothing; sums become their logarithms.
+  void invert_sums(Work& w) const {
+    for (int r = 0; r < w.tile.n; r += kWidth<F>) {
       const Vec<F> sum = load(w.rows.sum + r);
       const Mask<F> none = sum == F(0);
       store(w.inverse + r, select(none, zero<F>(), F(1) / sum));
       store(w.rows.sum + r, log2(sum));  // -inf for 0
     }
-    const Rows out_rows = rows_of(p_.out, storage_, b, kv_head, p_.group());
-    storage_.store(out_rows, tile.first, tile.n, shape_.dim_v, w.out, shape_.padded_v, w.inverse, 1,
-                   is_large(p_.out, storage_.bytes));
-    F* lse = p_.lse.as<F>() + (b * p_.heads() + kv_head * p_.group()) * p_.n_queries();
-    for (int r = 0; r < tile.n; ++r) 
-      lse[tile.head[r] * p_.n_queries() + tile.query[r]] = natural_lse(w.rows.max[r], w.rows.sum[r]);
   }
 
   const AttentionParams& p_;
   const Storage<F>& storage_;
   KernelShape<F> shape_;
   RowBlocks blocks_;
-  bool q_in_place_, v_in_place_;
+  bool q_in_place_, v_in_place_, out_in_place_;
   ScratchLayout layout_;
   size_t tile_at_, scores_at_, out_at_, k_at_, v_at_, q_at_, rows_at_, keep_at_, additive_at_;
 };

@@ -17,6 +17,7 @@
 #include "../simd_math.h"
 #include "amx_tiles.h"
 #include "attention.h"
+#include "next_inputs.h"
 #include "score_modifiers.h"
 
 namespace hierkernels::amx {
@@ -180,13 +181,6 @@ struct Forward {
     const int64_t ks = p.k.stride[2], vs = p.v.stride[2];
     const bf16* k0 = p.k.as<bf16>() + b * p.k.stride[0] + h * p.k.stride[1] + j0 * ks;
     const bf16* v0 = p.v.as<bf16>() + b * p.v.stride[0] + h * p.v.stride[1] + j0 * vs;
-    if (!share) {
-      const int64_t next_k = to_next_head(p.k, b, h, Hkv), next_v = to_next_head(p.v, b, h, Hkv);
-      for (int j = 0; j < n; ++j) {
-        prefetch_row(k0 + j * ks + next_k, steps);
-        prefetch_row(v0 + j * vs + next_v, v_steps);
-      }
-    }
     pack_transposed([=](int i) { return k0 + i * ks; }, n, D, steps, k);
     if (n > 16) pack_transposed([=](int i) { return k0 + (16 + i) * ks; }, n - 16, D, steps, k + 16 * steps * 32);
     pack_rows([=](int i) { return v0 + i * vs; }, n, Dv, v_steps, v);
@@ -200,6 +194,7 @@ struct Task {
   const int64_t b, h, row0;
   const int count;  // rows, at most kRows
   const float factor, per_factor;  // of a score, to base 2; the inverse
+  mutable NextInputs next;
 
   Task(const Forward& forward, const Forward::Buffers& buffers, int64_t batch, int64_t kv_head, int64_t block)
       : f(forward),
@@ -209,7 +204,9 @@ struct Task {
         row0(block * kRows),
         count(static_cast<int>(f.rows - row0 < kRows ? f.rows - row0 : kRows)),
         factor(f.modified ? 1.f : f.scale * kLog2ef),
-        per_factor(1.f / factor) {}
+        per_factor(1.f / factor) {
+    next.aim(f.p, {&f.p.k, &f.p.q, &f.p.v}, b, h);
+  }
 
   int64_t query(int r) const { return f.G == 1 ? row0 + r : (row0 + r) / f.G; }
   int64_t head(int r) const { return f.G == 1 ? h : h * f.G + (row0 + r) % f.G; }
@@ -219,15 +216,13 @@ struct Task {
     const Tensor &q = f.p.q, &out = f.p.out;
     f.p.range.lo.fill(row0, count, f.G, f.Nk, m.lo);
     f.p.range.hi.fill(row0, count, f.G, f.Nk, m.hi);
-    const int64_t next_q = f.share ? 0 : to_next_head(q, b, h, f.Hkv);
     for (int r = 0; r < count; ++r) {
       const int64_t i = query(r), hq = head(r);
       const bf16* row = q.as<bf16>() + b * q.stride[0] + hq * q.stride[1] + i * q.stride[2];
       copy_row(row, f.D, f.steps, f.flip, m.q + r * f.steps * 32);
-      if (!f.share) {
-        prefetch_row(row + next_q, f.steps);
-        if (!f.stream) prefetch_row_to_write(out.as<bf16>() + b * out.stride[0] + hq * out.stride[1] + i * out.stride[2], f.v_steps);
-      }
+      next.ask(f.steps);
+      if (!f.share && !f.stream)
+        prefetch_row_to_write(out.as<bf16>() + b * out.stride[0] + hq * out.stride[1] + i * out.stride[2], f.v_steps);
     }
     for (int r = count; r < padded; ++r) zero_row(f.steps, m.q + r * f.steps * 32);
   }
@@ -291,7 +286,10 @@ struct Task {
   // The maxima of the rows [r0, r1), r1 - r0 <= 16, at their first block of keys.
   void first_tops(int r0, int r1, int64_t j0, int from, int to) const {
     alignas(64) float lanes[16 * 16];
-    for (int r = r0; r < r1; ++r) _mm512_store_ps(lanes + (r - r0) * 16, lane_tops(score_row(r), span(r, j0, from, to)));
+    for (int r = r0; r < r1; ++r) {
+      _mm512_store_ps(lanes + (r - r0) * 16, lane_tops(score_row(r), span(r, j0, from, to)));
+      next.ask(f.steps);
+    }
     const __m512 raw = reduce16<Max>(lanes), top = _mm512_mul_ps(raw, _mm512_set1_ps(factor));
     const __mmask16 none = _mm512_cmp_ps_mask(raw, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
     _mm512_storeu_ps(m.top + r0, _mm512_mask_mov_ps(top, none, _mm512_set1_ps(kLowest)));
@@ -352,6 +350,7 @@ struct Task {
       const Span x = span(r, j0, from, to);
       if (!first) raise_top(r, x);
       exponentials(r, j0, x, first);
+      next.ask(f.steps);
     }
   }
 
@@ -419,6 +418,7 @@ struct Task {
       for (int r0 = 0; r0 < count; r0 += kStrip)
         if (strip(r0, j0, k_block, v_block, first[r0 / kStrip])) first[r0 / kStrip] = false;
     }
+    next.ask_rest();
     finish(first);
   }
 

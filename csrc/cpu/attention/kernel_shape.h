@@ -13,8 +13,11 @@ namespace {
 // Channels above which tiles have half the rows.
 constexpr int kWideChannels = 256;
 
-inline int tile_rows(const AttentionParams& p) {
+inline int forward_rows(const AttentionParams& p) {
   return p.dim() > kWideChannels || p.dim_v() > kWideChannels ? kTileRows / 2 : kTileRows;
+}
+inline int backward_rows(const AttentionParams& p) {
+  return forward_rows(p) < kBackwardRows ? forward_rows(p) : kBackwardRows;
 }
 
 // Tasks a thread takes at once: few if they are long and may differ, many if there are many.
@@ -28,22 +31,14 @@ inline bool is_large(const Tensor& t, int element) {
   return static_cast<size_t>(t.size[0] * t.size[1] * t.size[2] * t.size[3] * element) >= kLargeOutput;
 }
 
-// Short sequences are bound by memory, and each is a page or less, at whose end the hardware's prefetching stops: while
-// one is computed, the inputs of the next are asked for. This is for one input t, up to so many rows.
-constexpr int kPrefetchRows = 96;
+// The rows of a tensor themselves as the target of a product, if products can write them.
 template <class F>
-HK_INLINE void prefetch_next(const AttentionParams& p, const Storage<F>& storage, const Tensor& t, int64_t b,
-                             int64_t kv_head) {
-  const int64_t group = t.size[1] / p.kv_heads(), n = t.size[2];
-  if (group * n > kPrefetchRows) return;
-  if (++kv_head == p.kv_heads()) {
-    kv_head = 0;
-    if (++b == p.batch()) return;
-  }
-  const Rows rows = rows_of(t, storage, b, kv_head, group);
-  for (int64_t g = 0; g < group; ++g)
-    for (int64_t i = 0; i < n; ++i)
-      prefetch(rows.data + (g * rows.head_stride + i * rows.token_stride) * storage.bytes, t.size[3] * storage.bytes);
+HK_INLINE Target<F> target_in(const Tensor& t, const Rows& rows, int64_t tokens, int64_t first, Update update,
+                              const F* factors) {
+  const int64_t stride = rows.uniform_stride(tokens);
+  F* data = reinterpret_cast<F*>(rows.data) + first * stride;
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && stride % kWidth<F> == 0;
+  return {data, stride, update, factors, aligned && is_large(t, sizeof(F))};
 }
 
 template <class F>
@@ -54,16 +49,16 @@ struct KernelShape {
   int64_t rows;                      // of a tile at most
   int64_t stride;                    // of rows of scores
 
-  explicit KernelShape(const AttentionParams& p) {
+  KernelShape(const AttentionParams& p, int most_rows, int most_keys) {
     constexpr int W = kWidth<F>;
     dim = static_cast<int>(p.dim());
     dim_v = static_cast<int>(p.dim_v());
     padded = round_up(dim, W);
     padded_v = round_up(dim_v, W);
     const int64_t n_keys = p.n_keys() < 1 ? 1 : p.n_keys(), n_rows = p.n_queries() * p.group();
-    keys = n_keys < kTileKeys ? round_up(n_keys, W) : kTileKeys;
+    keys = n_keys < most_keys ? round_up(n_keys, W) : most_keys;
     panel = keys < kPanel<F> ? keys : kPanel<F>;
-    rows = n_rows < tile_rows(p) ? n_rows : tile_rows(p);
+    rows = n_rows < most_rows ? n_rows : most_rows;
     stride = keys + W;  // off the powers of two
   }
 };

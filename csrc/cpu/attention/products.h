@@ -3,6 +3,7 @@
 #include <utility>  // std::integer_sequence: a type only
 
 #include "../simd.h"
+#include "next_inputs.h"
 
 namespace hierkernels {
 namespace HK_ISA {
@@ -21,9 +22,24 @@ constexpr int kMaxColumns = 2, kMostRows = 8;
 constexpr int kMaxRows[kMaxColumns + 1] = {0, 8, 4};
 #endif
 
-enum class Update { kStore, kAdd, kRescale };  // of what out held before
+enum class Update {
+  kStore,    // out = sum
+  kAdd,      // out = out + sum
+  kRescale,  // out = out * factor + sum
+  kScale     // out = sum * factor
+};
 
-// out[r][c] = update(out[r][c]) + sum over t of a(r, t) * x[t * x_stride + c]
+// Where results go. past_caches: without displacing what the caches hold; for whole vectors, aligned.
+template <class F>
+struct Target {
+  F* data;
+  int64_t stride;
+  Update update;
+  const F* factors = nullptr;  // of the rows
+  bool past_caches = false;
+};
+
+// out[r][c] = update(out[r][c], sum over t of a(r, t) * x[t * x_stride + c])
 template <class F>
 struct Product {
   const F* a;
@@ -31,10 +47,8 @@ struct Product {
   const F* x;
   int64_t x_stride;
   int64_t terms;
-  F* out;
-  int64_t out_stride;
-  Update update;
-  const F* rescale;  // factor of each row
+  Target<F> out;
+  Lines ask;  // in turn t of the loop, the line at `at` + t * step
 };
 
 template <class F, bool kTransposed, int R, int C>
@@ -47,7 +61,8 @@ __attribute__((noinline)) void multiply_block(const Product<F>& p) {
     for (int c = 0; c < C; ++c) sum[r][c] = zero<F>();
   const F* a = p.a;
   const F* x = p.x;
-  const int64_t a_stride = p.a_stride, x_stride = p.x_stride;
+  const char* ask = p.ask.at;
+  const int64_t a_stride = p.a_stride, x_stride = p.x_stride, ask_step = p.ask.step;
   for (int64_t t = p.terms; t > 0; --t) {
     Vec<F> column[C];
 #pragma GCC unroll 4
@@ -58,22 +73,30 @@ __attribute__((noinline)) void multiply_block(const Product<F>& p) {
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sum[r][c] = fma(factor, column[c], sum[r][c]);
     }
+    __builtin_prefetch(ask, 0, 2);
+    ask += ask_step;
     a += kTransposed ? a_stride : 1;
     x += x_stride;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    F* out = p.out + r * p.out_stride;
-    if (p.update == Update::kAdd) {
+    F* out = p.out.data + r * p.out.stride;
+    if (p.out.update == Update::kAdd) {
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sum[r][c] += load(out + c * W);
-    } else if (p.update == Update::kRescale) {
-      const Vec<F> factor = set1(p.rescale[r]);
+    } else if (p.out.update != Update::kStore) {
+      const Vec<F> factor = set1(p.out.factors[r]);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sum[r][c] = fma(factor, load(out + c * W), sum[r][c]);
+      for (int c = 0; c < C; ++c)
+        sum[r][c] = p.out.update == Update::kScale ? sum[r][c] * factor : fma(factor, load(out + c * W), sum[r][c]);
     }
+    if (p.out.past_caches) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(out + c * W, sum[r][c]);
+      for (int c = 0; c < C; ++c) stream(out + c * W, bit_cast<VecF>(sum[r][c]));
+    } else {
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) store(out + c * W, sum[r][c]);
+    }
   }
 }
 

@@ -16,6 +16,10 @@ constexpr int kTileRows = 192, kTileKeys = 192;
 #else
 constexpr int kTileRows = 96, kTileKeys = 128;
 #endif
+// The forward takes all keys of a block of rows at once if they are not more than these: then nothing is rescaled.
+constexpr int kMostTileKeys = 2 * kTileKeys;
+// Rows of a tile in the backward: two operands of the products over rows then fit the first-level cache.
+constexpr int kBackwardRows = 128;
 constexpr int kKeyAlignment = 64;
 static_assert(kTileKeys % kKeyAlignment == 0);
 
@@ -110,7 +114,7 @@ struct RowBlocks {
 // leave the memory idle: prefetch(r, from, to) is called for the parts of rows to ask for what the row pass reads.
 template <class F, class Prefetch>
 void multiply_scores(const TileRows& tile, const F* a, int64_t a_stride, const F* panels, int panel, int dim, F* scores,
-                     int64_t stride, Prefetch prefetch) {
+                     int64_t stride, NextInputs& next, Prefetch prefetch) {
   constexpr int W = kWidth<F>;
   const int vectors = (tile.n_keys + W - 1) / W;
   const int most_rows = kMaxRows[vectors < kMaxColumns ? vectors : kMaxColumns];
@@ -122,46 +126,52 @@ void multiply_scores(const TileRows& tile, const F* a, int64_t a_stride, const F
       if (to > begin + panel) to = begin + panel;
       if (from >= to) return;
       for (int i = r; i < r + rows; ++i) prefetch(i, from, to < tile.n_keys ? to : tile.n_keys);
+      const F* x = panels + static_cast<int64_t>(begin) * dim + (from - begin);
       multiply<F, false>(rows, (to - from) / W,
-                         {a + r * a_stride, a_stride, panels + static_cast<int64_t>(begin) * dim + (from - begin),
-                          panel, dim, scores + r * stride + from, stride, Update::kStore, nullptr});
+                         {a + r * a_stride, a_stride, x, panel, dim,
+                          {scores + r * stride + from, stride, Update::kStore}, next.take(dim, x)});
     });
 }
 
-// out(row r) = update(out(row r)) + sum over keys of weights[r * stride + key] * x(key). With kStore, rows that touch
+// out(row r) = update(out(row r), sum over keys of weights[r * stride + key] * x(key)). Unless it adds, rows that touch
 // no key become zero.
 template <class F>
 void multiply_rows(const TileRows& tile, const F* weights, int64_t stride, const F* x, int64_t x_stride, int dim,
-                   F* out, int64_t out_stride, Update update, const F* rescale) {
+                   const Target<F>& out, NextInputs& next) {
   constexpr int W = kWidth<F>;
+  const bool adds = out.update == Update::kAdd || out.update == Update::kRescale;
   for_each_part((dim + W - 1) / W, kMaxColumns, [&](int column, int columns) {
     for_each_part(tile.n, kMaxRows[columns], [&](int r, int rows) {
       const Span keys = tile.touched(r, rows);
-      if (keys.size() <= 0 && update != Update::kStore) return;
+      if (keys.size() <= 0 && adds) return;
+      const int64_t terms = keys.size() < 0 ? 0 : keys.size();
       multiply<F, false>(rows, columns,
                          {weights + r * stride + keys.begin, stride, x + keys.begin * x_stride + column * W, x_stride,
-                          keys.size() < 0 ? 0 : keys.size(), out + r * out_stride + column * W, out_stride, update,
-                          rescale ? rescale + r : nullptr});
+                          terms,
+                          {out.data + r * out.stride + column * W, out.stride, out.update,
+                           out.factors ? out.factors + r : nullptr, out.past_caches},
+                          next.take(terms, x)});
     });
   });
 }
 
-// out(key j) = update(out(key j)) + sum over rows of weights[r * stride + j] * x(row r). With kStore, keys that no row
+// out(key j) = update(out(key j), sum over rows of weights[r * stride + j] * x(row r)). Unless it adds, keys that no row
 // sees become zero.
 template <class F>
 void multiply_keys(const TileRows& tile, const F* weights, int64_t stride, const F* x, int64_t x_stride, int dim,
-                   F* out, int64_t out_stride, Update update) {
+                   const Target<F>& out, NextInputs& next) {
   constexpr int W = kWidth<F>;
   for_each_part((dim + W - 1) / W, kMaxColumns, [&](int column, int columns) {
     int begin = 0, end = 0;  // the rows that see the keys: both grow with the key
     for_each_part(tile.n_keys, kMaxRows[columns], [&](int j, int keys) {
       while (begin < tile.n && tile.to[begin] <= j) ++begin;
       while (end < tile.n && tile.from[end] < j + keys) ++end;
-      if (begin >= end && update != Update::kStore) return;
-      multiply<F, true>(
-          keys, columns,
-          {weights + begin * stride + j, stride, x + begin * x_stride + column * W, x_stride,
-           end < begin ? 0 : end - begin, out + j * out_stride + column * W, out_stride, update, nullptr});
+      if (begin >= end && out.update == Update::kAdd) return;
+      const int64_t terms = end < begin ? 0 : end - begin;
+      multiply<F, true>(keys, columns,
+                        {weights + begin * stride + j, stride, x + begin * x_stride + column * W, x_stride, terms,
+                         {out.data + j * out.stride + column * W, out.stride, out.update, nullptr, out.past_caches},
+                         next.take(terms, x)});
     });
   });
 }

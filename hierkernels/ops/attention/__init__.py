@@ -1,5 +1,5 @@
 """Scaled dot-product attention over key ranges."""
 
-from hierkernels.ops.attention.api import attention, explain
+from hierkernels.ops.attention.api import attention
 
-__all__ = ["attention", "explain"]
+__all__ = ["attention"]

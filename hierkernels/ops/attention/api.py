@@ -288,16 +288,8 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def explain(
-    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
-) -> dispatch.Choice:
-    """The backend that `op` ("attention") would use for these arguments, and why others refuse.
-
-    Raises ValueError for an unknown op, and whatever the op itself would raise.
-    """
-    if op != "attention":
-        raise ValueError(f"op must be one of attention, got {op!r}")
-    backend = options.pop("backend", None)
-    options.pop("return_lse", None)
-    call = make_call(*_autocast(q, k, v), **options)
-    return dispatch.survey(op, call, dispatch.requested_backend(backend))
+def problem(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False, **options: Any
+) -> AttentionCall:
+    """The canonical form of a call, as hk.attention makes it."""
+    return make_call(*_autocast(q, k, v), **options)
