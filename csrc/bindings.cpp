@@ -8,6 +8,7 @@
 
 #include "cpu/attention/attention.h"
 #include "cpu/isa.h"
+#include "cpu/sgu/sgu.h"
 #if defined(HIERKERNELS_CUDA)
 #include "cuda/launch.h"
 #endif
@@ -15,6 +16,7 @@
 namespace py = pybind11;
 using hierkernels::AttentionParams;
 using hierkernels::DType;
+using hierkernels::SguParams;
 using hierkernels::Tensor;
 
 namespace {
@@ -73,6 +75,19 @@ AttentionParams params(const py::object& q, const py::object& k, const py::objec
   return p;
 }
 
+SguParams sgu_params(const py::object& residual, const py::object& gate, const py::object& weight, const py::object& bias,
+                     const py::object& gate_residual, int64_t window, int activation) {
+  SguParams p;
+  p.residual = tensor(residual);
+  p.gate = tensor(gate);
+  p.weight = tensor(weight);
+  p.bias = tensor(bias);
+  p.gate_residual = tensor(gate_residual);
+  p.window = window;
+  p.activation = static_cast<hierkernels::Activation>(activation);
+  return p;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -127,6 +142,32 @@ PYBIND11_MODULE(_native, m) {
           p.bias_before = bias_before;
           py::gil_scoped_release release;
           hierkernels::attention_backward(p);
+        });
+
+  m.def("sgu_forward",
+        [](const py::object& residual, const py::object& gate, const py::object& weight, const py::object& bias,
+           const py::object& gate_residual, int64_t window, int activation, const py::object& out, const py::object& z) {
+          SguParams p = sgu_params(residual, gate, weight, bias, gate_residual, window, activation);
+          p.out = tensor(out);
+          p.z = tensor(z);
+          py::gil_scoped_release release;
+          hierkernels::sgu_forward(p);
+        });
+  m.def("sgu_backward",
+        [](const py::object& residual, const py::object& gate, const py::object& weight, const py::object& bias,
+           const py::object& gate_residual, int64_t window, int activation, const py::object& z, const py::object& dout,
+           const py::object& dresidual, const py::object& dgate, const py::object& dweight, const py::object& dbias,
+           const py::object& dgate_residual) {
+          SguParams p = sgu_params(residual, gate, weight, bias, gate_residual, window, activation);
+          p.z = tensor(z);
+          p.dout = tensor(dout);
+          p.dresidual = tensor(dresidual);
+          p.dgate = tensor(dgate);
+          p.dweight = tensor(dweight);
+          p.dbias = tensor(dbias);
+          p.dgate_residual = tensor(dgate_residual);
+          py::gil_scoped_release release;
+          hierkernels::sgu_backward(p);
         });
 
 #if defined(HIERKERNELS_CUDA)

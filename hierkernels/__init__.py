@@ -1,9 +1,10 @@
 """Fused kernels for hierarchical, local and sparse sequence models."""
 
 from hierkernels.dispatch import BACKENDS, use_backend
-from hierkernels.explanation import explain
+from hierkernels.explain import explain
 from hierkernels.key_range import KeyRange, Staircase
 from hierkernels.ops.attention import attention
+from hierkernels.ops.causal_sgu import causal_sgu
 from hierkernels.ops.local_attention import local_attention
 from hierkernels.version import __version__
 
@@ -13,6 +14,7 @@ __all__ = [
     "Staircase",
     "__version__",
     "attention",
+    "causal_sgu",
     "explain",
     "local_attention",
     "use_backend",

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hierkernels import dispatch
-from hierkernels.explanation import explain
+from hierkernels.explain import PROBLEMS, explain
 from hierkernels.native import native, native_error
 from hierkernels.version import __version__
 
@@ -74,12 +74,20 @@ def _without_paths(text: str) -> str:
     return text.replace(f"{Path(__file__).resolve().parent}", "hierkernels")
 
 
+def _plain_call(op: str, device: str) -> tuple[torch.Tensor | int, ...]:
+    """Arguments of the plainest call of an operator."""
+    if op == "causal_sgu":
+        shapes: tuple[tuple[int, ...], ...] = ((1, 1, 64), (1, 1, 64), (1, 1, 1), (1, 1))
+    else:
+        shapes = ((1, 1, 1, 64),) * 3
+    tensors = tuple(torch.empty(shape, device=device) for shape in shapes)
+    return (*tensors, 1) if op == "local_attention" else tensors
+
+
 def _backends(op: str, device: str) -> Section:
-    """Each backend's state for a plain call of the op on the device, and the automatic choice."""
-    example = torch.empty(1, 1, 1, 64, device=device)
-    options = {"local_attention": {"window_size": 1}}.get(op, {})
+    """Each backend's state for a plain call of the operator, and the automatic choice."""
     with dispatch.use_backend(None):  # the machine's choice, not the environment's
-        choice = explain(op, example, example, example, **options)
+        choice = explain(op, *_plain_call(op, device))
     rows = []
     for backend in dispatch.BACKENDS:
         reasons = choice.refusals.get(backend)
@@ -91,8 +99,8 @@ def _backends(op: str, device: str) -> Section:
 def report() -> str:
     """Versions, devices, the compiled core and the state of every backend, as aligned text."""
     sections = [_versions(), _devices(), _core()]
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        sections += [_backends(op, device) for op in ("attention", "local_attention")]
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    sections += [_backends(op, device) for op in PROBLEMS for device in devices]
     width = max(len(name) for _, rows in sections for name, _ in rows)
     lines = []
     for title, rows in sections:

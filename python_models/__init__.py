@@ -1,5 +1,7 @@
 """Models built from the operators of hierkernels, with data, training and sampling."""
 
+from python_models.autoregressive_wrapper import AutoregressiveWrapper
+from python_models.gmlp_gpt import gMLPGPT
 from python_models.megabyte import MEGABYTE
 
-__all__ = ["MEGABYTE"]
+__all__ = ["MEGABYTE", "AutoregressiveWrapper", "gMLPGPT"]

@@ -14,7 +14,7 @@ N positions of a stage, C its channels, H heads, D head channels, V tokens of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from math import prod
 
 import torch
@@ -24,16 +24,10 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 import hierkernels as hk
-from python_models.layers import (
-    FeedForward,
-    RMSNorm,
-    RotaryEmbedding,
-    apply_rotary,
-    gumbel_sample,
-    keep_top,
-    token_shift,
-)
+from python_models.arguments import check_integers, check_token_type, check_token_values
+from python_models.layers import FeedForward, RMSNorm, RotaryEmbedding, apply_rotary, token_shift
 from python_models.megabyte_decoder import Decoder
+from python_models.sampling import Recomputation, chooser, draw_tokens
 
 
 class Attention(nn.Module):
@@ -141,8 +135,8 @@ class MEGABYTE(nn.Module):
         upstream_quirks: bool = False,
     ) -> None:
         super().__init__()
-        _check_integers("depth", depth, minimum=0)
-        _check_integers("max_seq_len", max_seq_len, minimum=1)
+        check_integers("depth", depth, minimum=0)
+        check_integers("max_seq_len", max_seq_len, minimum=1)
         if len(depth) < 2:
             raise ValueError(f"depth must have one entry a stage, two or more, got {depth}")
         if len(max_seq_len) != len(depth):
@@ -150,7 +144,7 @@ class MEGABYTE(nn.Module):
                 f"max_seq_len must have as many entries as depth ({len(depth)}), got {max_seq_len}"
             )
         dims = dim if isinstance(dim, tuple) else (dim,) * len(depth)
-        _check_integers("dim", dims, minimum=1)
+        check_integers("dim", dims, minimum=1)
         if len(dims) != len(depth):
             raise ValueError(
                 f"dim must be one integer or one a stage, as depth has ({len(depth)}), got {dim}"
@@ -161,7 +155,7 @@ class MEGABYTE(nn.Module):
             ("heads", heads),
             ("ff_mult", ff_mult),
         ):
-            _check_integers(name, (number,), minimum=1)
+            check_integers(name, (number,), minimum=1)
         if rel_pos and dim_head % 2:
             raise ValueError(f"dim_head must be even for rel_pos=True, got {dim_head}")
         for name, p in (("attn_dropout", attn_dropout), ("ff_dropout", ff_dropout)):
@@ -307,7 +301,7 @@ class MEGABYTE(nn.Module):
         """
         limit = prod(self.max_seq_len)
         if prime is None:
-            _check_integers("default_batch_size", (default_batch_size,), minimum=0)
+            check_integers("default_batch_size", (default_batch_size,), minimum=0)
             prime = self._empty_sequences(default_batch_size)
         self._check_ids(prime, name="prime")
         if prime.ndim != 2:
@@ -318,36 +312,13 @@ class MEGABYTE(nn.Module):
                 f"seq_len counts the prime as well: it must be from {prime.shape[1]} (the length "
                 f"of the prime) to {limit} (the product of max_seq_len), got {total}"
             )
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-        if not 0 <= filter_thres <= 1:
-            raise ValueError(f"filter_thres must be a share from 0 to 1, got {filter_thres}")
+        choose = chooser(temperature=temperature, filter_thres=filter_thres, generator=generator)
+        batch, length = prime.shape
 
-        def choose(logits: Tensor) -> Tensor:
-            if temperature == 0:
-                return logits.argmax(dim=-1)
-            logits = keep_top(logits, filter_thres)
-            return gumbel_sample(logits, temperature=temperature, generator=generator)
+        def reader() -> Decoder | Recomputation:
+            return Decoder(self, batch) if use_cache else Recomputation(self)
 
-        return self._draw(prime.long(), total, choose, use_cache)
-
-    @torch.no_grad()
-    def _draw(
-        self, sequence: Tensor, total: int, choose: Callable[[Tensor], Tensor], use_cache: bool
-    ) -> Generator[Tensor, None, None]:
-        was_training = self.training
-        self.eval()
-        try:
-            decoder = Decoder(self, sequence.shape[0]) if use_cache else None
-            new = sequence
-            for _ in range(total - sequence.shape[1]):
-                token = choose(decoder.append(new) if decoder else self(sequence)[:, -1])
-                yield token
-                new = rearrange(token, "b -> b 1")
-                if decoder is None:
-                    sequence = torch.cat((sequence, new), dim=1)
-        finally:
-            self.train(was_training)
+        return draw_tokens(self, reader, prime.long(), total - length, choose)
 
     def generate(
         self,
@@ -417,15 +388,7 @@ class MEGABYTE(nn.Module):
         return tokens + table[first:last]
 
     def _check_ids(self, ids: Tensor, name: str = "ids") -> None:
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"{name} must be integers, got {ids.dtype}")
-        if ids.device != self.to_logits.weight.device:
-            raise ValueError(
-                f"{name} must be on the model's device {self.to_logits.weight.device}, "
-                f"got {ids.device}"
-            )
+        check_token_type(name, ids, self.to_logits.weight.device)
         if ids.ndim not in (2, self.stages + 1):
             raise ValueError(
                 f"{name} must be flat (B, N) or have {self.stages + 1} dimensions, (B, n) and one "
@@ -442,14 +405,7 @@ class MEGABYTE(nn.Module):
                 f"{name} must have at most {limit} tokens a sequence, the product of max_seq_len = "
                 f"{self.max_seq_len}; got shape {tuple(ids.shape)}"
             )
-        # On a GPU this would wait for the device at every call, and a compiler cannot trace it.
-        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-            low, high = (int(bound) for bound in ids.aminmax())
-            if low < 0 or high >= self.num_tokens:
-                raise ValueError(
-                    f"{name} must be from 0 to num_tokens - 1 = {self.num_tokens - 1}, got values "
-                    f"from {low} to {high}"
-                )
+        check_token_values(name, ids, self.num_tokens)
 
     def _check_pad_id(self) -> None:
         if not 0 <= self.pad_id < self.num_tokens:
@@ -458,12 +414,3 @@ class MEGABYTE(nn.Module):
                 f"{self.num_tokens - 1}): give ids of whole patches, a multiple of "
                 f"{self.patch_sizes[0]}"
             )
-
-
-def _check_integers(name: str, values: object, *, minimum: int) -> None:
-    if not isinstance(values, tuple):
-        raise TypeError(f"{name} must be a tuple of integers, got {values!r}")
-    if not all(type(value) is int for value in values):
-        raise TypeError(f"{name} must be made of integers, got {values}")
-    if any(value < minimum for value in values):
-        raise ValueError(f"{name} must be at least {minimum} everywhere, got {values}")

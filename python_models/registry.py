@@ -9,8 +9,11 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from python_models.autoregressive_wrapper import AutoregressiveWrapper, next_token_loss
+from python_models.gmlp_gpt import gMLPGPT
 from python_models.megabyte import MEGABYTE
 
 
@@ -60,20 +63,38 @@ class ByteModel:
             is_tuple = isinstance(options[name], tuple)
             if len(value) != 1 and not is_tuple:
                 raise ValueError(f"option {name} takes one value, got {text!r}")
-            options[name] = tuple(value) if is_tuple else value[0]
+            options[name] = _tuple(value if is_tuple else value[0])
         return options
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
-    }
+    return {name: _tuple(value) for name, value in options.items()}
+
+
+def _tuple(value: Any) -> Any:
+    """Lists as tuples, those in them too."""
+    return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 def _generate_megabyte(
     model: MEGABYTE, prime: Tensor, **settings: Any
 ) -> Generator[Tensor, None, None]:
     return model.generate_tokens(prime, **settings)
+
+
+# gMLPGPT has no token to begin with: this one, which is no byte, stands before the first.
+_START = 256
+
+
+def _with_start(ids: Tensor) -> Tensor:
+    return F.pad(ids, (1, 0), value=_START)
+
+
+def _generate_gmlp_gpt(
+    model: gMLPGPT, prime: Tensor, **settings: Any
+) -> Generator[Tensor, None, None]:
+    count = model.seq_len - prime.shape[1]
+    return AutoregressiveWrapper(model).generate_tokens(_with_start(prime), count, **settings)
 
 
 MODELS: dict[str, ByteModel] = {
@@ -97,6 +118,24 @@ MODELS: dict[str, ByteModel] = {
         window=lambda options: prod(options["max_seq_len"]),
         loss=lambda model, ids: model(ids, return_loss=True),
         generate=_generate_megabyte,
+    ),
+    "gmlp-gpt": ByteModel(
+        build=gMLPGPT,
+        options={
+            "num_tokens": 257,
+            "dim": 256,
+            "depth": 6,
+            "seq_len": 512,
+            "heads": 4,
+            "ff_mult": 4,
+            "prob_survival": 1.0,
+            "reversible": False,
+            "window": (16, 32, 64, 16, 32, 64),
+            "attn_dim": 32,
+        },
+        window=lambda options: options["seq_len"],
+        loss=lambda model, ids: next_token_loss(model, _with_start(ids)),
+        generate=_generate_gmlp_gpt,
     ),
 }
 

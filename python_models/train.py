@@ -51,7 +51,7 @@ class TrainConfig:
     )
     pattern: str = _option("*", "which names of a data folder to read")
     cache_dir: str | None = _option(None, "where joined data files are kept (default: ~/.cache)")
-    out: str = _option("runs/megabyte", "the run folder")
+    out: str = _option("", "the run folder (default: runs/ and the name of the model)")
     steps: int | None = _option(None, "stop after this many steps")
     minutes: float | None = _option(
         None, "stop after this long, evaluations included (default: 10 if steps is not given)"
@@ -79,6 +79,8 @@ class TrainConfig:
     save_every: int = _option(200, "steps between checkpoints; 0: only at the end")
 
     def __post_init__(self) -> None:
+        if not self.out:
+            object.__setattr__(self, "out", f"runs/{self.model}")
         at_least = {
             **dict.fromkeys(("batch_size", "accumulate", "log_every", "eval_windows"), 1),
             **dict.fromkeys(("warmup", "eval_every", "sample_every", "save_every"), 0),
@@ -419,7 +421,7 @@ def build_parser() -> argparse.ArgumentParser:
     for entry in dataclasses.fields(TrainConfig):
         metadata = dict(entry.metadata)
         text = metadata.pop("help")
-        if entry.default not in (None, ()):
+        if entry.default not in (None, (), ""):
             text += f" (default: {entry.default})"
         parser.add_argument(
             "--" + entry.name.replace("_", "-"),
@@ -448,7 +450,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     resume, overwrite = given.pop("resume"), given.pop("overwrite")
     try:
         if resume:
-            folder = checkpoint.find(given.get("out", TrainConfig.out))
+            model = given.get("model", TrainConfig.model)
+            folder = checkpoint.find(given.get("out", f"runs/{model}"))
             given = {**checkpoint.load_state(folder)["config"], **given}
         if "option" in given:
             given["option"] = tuple(given["option"])

@@ -275,3 +275,10 @@ def attention(
     )  # fmt: skip
     out, lse = run(call, backend)
     return (out, lse) if return_lse else out
+
+
+def problem(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False, **options: Any
+) -> AttentionCall:
+    """The canonical form of a call, as hk.attention makes it."""
+    return make_call(*autocast(q, k, v), **options)

@@ -1,0 +1,96 @@
+// A head's tokens as rows of B dim columns, batch by batch.
+#pragma once
+#include "../attention/storage.h"
+#include "../simd.h"
+#include "sgu.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+HK_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+HK_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+HK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+HK_INLINE int64_t round_to(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+
+// Columns first .. first + count as runs of one batch entry: body(b, channel of the head, distance from first, length).
+template <class Body>
+HK_INLINE void for_each_run(const SguShape& s, int64_t first, int64_t count, Body body) {
+  int64_t b = first / s.dim, c = first % s.dim;
+  for (int64_t at = 0; at < count; ++b, c = 0) {
+    const int64_t length = min_of(s.dim - c, count - at);
+    body(b, c, at, length);
+    at += length;
+  }
+}
+
+// Channel c of head h of token n, batch entry b.
+template <class T>
+HK_INLINE T* element(const Tensor& t, const SguShape& s, int64_t b, int64_t n, int64_t h, int64_t c) {
+  return t.as<T>() + b * t.stride[0] + n * t.stride[1] + h * s.dim + c;
+}
+
+template <class E, class T>
+HK_INLINE void copy_run(const T* x, int64_t n, E* out) {
+  if constexpr (kSame<E, T>) {
+    __builtin_memcpy(out, x, static_cast<size_t>(n) * sizeof(E));
+  } else {
+    constexpr int W = kWidth<E>;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, load_as<E>(x + i));
+    if (i < n) store(out + i, load_as<E>(x + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+  }
+}
+
+// out[i] = column first + i of token n for i < count; zeros up to `whole`.
+template <class E, class T>
+HK_INLINE void load_columns(const Tensor& t, const SguShape& s, int64_t h, int64_t n, int64_t first, int64_t count,
+                            int64_t whole, E* out) {
+  for_each_run(s, first, count, [&](int64_t b, int64_t c, int64_t at, int64_t length) {
+    copy_run(element<T>(t, s, b, n, h, c), length, out + at);
+  });
+  for (int64_t i = count; i < whole; ++i) out[i] = E{};
+}
+
+template <class F, class T>
+HK_INLINE void store_columns(const Tensor& t, const SguShape& s, int64_t h, int64_t n, int64_t column, int64_t count,
+                             const F* x) {
+  constexpr int W = kWidth<F>;
+  for_each_run(s, column, count, [&](int64_t b, int64_t channel, int64_t at, int64_t length) {
+    T* out = element<T>(t, s, b, n, h, channel);
+    int64_t i = 0;
+    for (; i + W <= length; i += W) store_as<F>(out + i, load(x + at + i));
+    if (const int rest = static_cast<int>(length - i); rest > 0) store_as<F>(out + i, load(x + at + i, rest), rest);
+  });
+}
+
+// Tokens first .. first + rows of a head, columns [column, column + count), as strips `strip_size` apart, from row
+// `row` of the strips on; filled up with zeros to whole strips and units of rows. lines: room for kGroup rows.
+template <class Engine, class T>
+void pack_strips(const Tensor& t, const SguShape& s, int64_t h, int64_t first, int64_t rows, int64_t row, int64_t column,
+                 int64_t count, typename Engine::Element* lines, typename Engine::Element* strips, int64_t strip_size) {
+  using E = typename Engine::Element;
+  constexpr int64_t S = Engine::kStrip, G = Engine::kGroup;
+  const int64_t whole = round_to(count, S);
+  const bool direct = kSame<E, T> && s.dim % S == 0;  // strips lie within batch entries
+  for (int64_t r = 0; r < round_to(rows, Engine::kUnit); r += G) {
+    const E* line[G];
+    if (direct && r + G <= rows) {
+      for_each_run(s, column, count, [&](int64_t b, int64_t c, int64_t at, int64_t length) {
+        for (int g = 0; g < G; ++g) line[g] = reinterpret_cast<const E*>(element<T>(t, s, b, first + r + g, h, c));
+        Engine::rows_to_strips(line, length, row + r, strips + at / S * strip_size, strip_size);
+      });
+      continue;
+    }
+    for (int g = 0; g < G; ++g) {
+      const bool there = r + g < rows;
+      load_columns<E, T>(t, s, h, there ? first + r + g : first, column, there ? count : 0, whole, lines + g * whole);
+      line[g] = lines + g * whole;
+    }
+    Engine::rows_to_strips(line, whole, row + r, strips, strip_size);
+  }
+}
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

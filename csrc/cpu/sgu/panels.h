@@ -1,0 +1,29 @@
+// Blocks of the weight, and how they and the tokens meet in a product: what an engine is.
+//
+// An engine multiplies panels of kPanel rows with strips of kStrip columns, kUnit terms at a time:
+//   Element      what panels and strips hold; Sum: what results hold
+//   kBlockRows   rows of a block; kStepTerms: terms of a step, at least kBlockRows. The panels of one step stay in the
+//                second-level cache, a strip of a step in the first.
+//   strip_size(rows)              elements of a strip of so many rows (terms)
+//   panel_size()                  elements from one panel of a step to the next
+//   rows_to_strips(lines, count, row, strips, size)    kGroup rows of `count` columns into strips
+//   rows_to_panel_strip(x, stride, rows, count, out)   the transpose of up to kStrip rows as one strip of `count` terms
+//   pack_weight(weight, h, transposed, block, out)     a block of the weight, 0 above the diagonal
+//   multiply(rows, panel, strip, terms, c, c_stride, update)
+#pragma once
+#include "columns.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// Rows row .. row + rows of a bucket, terms first .. first + terms.
+struct WeightBlock {
+  int64_t row, rows, first, terms;
+  int64_t column;  // of the weight: that of the bucket's first token
+  bool own;        // terms and rows are of one bucket: only terms <= row are not 0 (transposed: terms >= row)
+};
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

@@ -1,0 +1,172 @@
+// The weight's gradient, tril(dmix gate^T) of one head: tiles above the diagonal are not computed.
+#pragma once
+#include <string.h>
+
+#include "mix.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// Rows row .. row + rows, strips of columns first .. first + strips of the gradient; the strips of the look-back come
+// before those of the own bucket.
+struct GradientRange {
+  int64_t row, rows, first, strips, split;
+};
+
+template <class Engine>
+class WeightGradient {
+ public:
+  using E = typename Engine::Element;
+  using F = typename Engine::Sum;
+  static constexpr int64_t S = Engine::kStrip;
+
+  int64_t splits = 1;  // of the buckets; their partial sums are added in order
+
+  WeightGradient(const SguShape& shape, const Tensor& dweight)
+      : s_(shape), half_(ceil_div(shape.w, S)), all_(half_ * (shape.look_back ? 2 : 1)) {
+    chunks_ = ceil_div(all_, kChunkColumns / S);
+    blocks_ = ceil_div(s_.w, Engine::kBlockRows);
+    const int64_t threads = omp_get_max_threads();
+    if (dweight && threads > 1) splits = max_of(1, min_of(s_.buckets, 2 * threads / (blocks_ * chunks_)));
+  }
+
+  int64_t terms() const { return round_to(s_.columns, S); }
+  int64_t columns() const { return all_ * S; }
+  int64_t gate_strip_size() const { return Engine::strip_size(terms()); }
+  int64_t gate_size() const { return half_ * gate_strip_size(); }  // of a bucket
+  int64_t panels_size() const { return Engine::kBlockRows / Engine::kPanel * Engine::panel_size(); }
+  int64_t partial_size() const { return splits > 1 ? splits * s_.w * columns() : 0; }
+  int64_t tasks() const { return splits * blocks_ * chunks_; }
+  // Elements of a bucket's dmix as panels, for an engine that reads these.
+  int64_t tiled_size() const { return Engine::kTiledGradient ? round_to(s_.w, Engine::kPanel) * terms() : 0; }
+
+  // dmix: strips of rows [bucket][strip][row][S], or panels (tiled_size) [bucket][panel][term][kPanel];
+  // gate: strips of columns [bucket][strip of tokens][term][S].
+  GradientRange compute(int64_t task, const E* dmix, const E* gate, E* panels, F* c) const {
+    constexpr int64_t most = kChunkColumns / S;
+    const int64_t chunk = task % chunks_, block = task / chunks_ % blocks_, split = task / (chunks_ * blocks_);
+    GradientRange g{block * Engine::kBlockRows, 0, chunk * most, min_of(most, all_ - chunk * most), split};
+    g.rows = min_of(Engine::kBlockRows, s_.w - g.row);
+    for (int64_t r = 0; r < g.rows; ++r) memset(c + r * kChunkStride, 0, static_cast<size_t>(g.strips * S) * sizeof(F));
+    if (!s_.look_back && g.first * S >= g.row + g.rows) return g;  // above the diagonal
+    const int64_t end = s_.buckets * (split + 1) / splits;
+    for (int64_t bucket = s_.buckets * split / splits; bucket < end; ++bucket) {
+      const int64_t rows = min_of(g.rows, s_.tokens(bucket) - g.row);
+      if (rows <= 0) continue;
+      for (int64_t first = 0; first < terms(); first += Engine::kStepTerms) {
+        const int64_t count = min_of(Engine::kStepTerms, terms() - first);
+        const E* a = panels;
+        int64_t a_size = Engine::panel_size();
+        if constexpr (Engine::kTiledGradient) {
+          a_size = terms() * Engine::kPanel;
+          a = dmix + bucket * tiled_size() + g.row / Engine::kPanel * a_size + first * Engine::kPanel;
+        } else {
+          Engine::strips_to_panels(dmix + bucket * terms() * s_.w, s_.w, g.row, rows, first, count, panels);
+        }
+        for (int64_t i = 0; i < g.strips; ++i) {
+          const int64_t strip = g.first + i;
+          const bool own = !s_.look_back || strip >= half_;
+          if (!own && bucket == 0) continue;
+          const int64_t token_strip = own && s_.look_back ? strip - half_ : strip;
+          const E* y = gate + (own ? bucket : bucket - 1) * gate_size() + token_strip * gate_strip_size() + first * S;
+          // Rows before the strip's first token see nothing of it.
+          const int64_t unseen = own ? max_of(token_strip * S - g.row, 0) / Engine::kPanel : 0;
+          for (int64_t p = unseen * Engine::kPanel; p < rows; p += Engine::kPanel)
+            Engine::multiply(min_of(Engine::kPanel, rows - p), a + p / Engine::kPanel * a_size, y, count,
+                             c + p * kChunkStride + i * S, kChunkStride, Update::kAdd);
+        }
+      }
+    }
+    return g;
+  }
+
+  void keep(const GradientRange& g, const F* c, F* partial) const {
+    for (int64_t r = 0; r < g.rows; ++r)
+      memcpy(partial + (g.split * s_.w + g.row + r) * columns() + g.first * S, c + r * kChunkStride,
+             static_cast<size_t>(g.strips * S) * sizeof(F));
+  }
+  // Adds a row of all splits into that of the first.
+  GradientRange sum(int64_t row, F* partial) const {
+    F* out = partial + row * columns();
+    for (int64_t split = 1; split < splits; ++split) {
+      const F* x = partial + (split * s_.w + row) * columns();
+      for (int64_t i = 0; i < columns(); i += kWidth<F>) store(out + i, load(out + i) + load(x + i));
+    }
+    return {row, 1, 0, all_, 0};
+  }
+
+ private:
+  const SguShape& s_;
+  int64_t half_, all_;  // strips of a bucket's tokens, of all columns
+  int64_t chunks_, blocks_;
+};
+
+template <class F>
+using WriteWeightGradient = void (*)(const Tensor& dweight, const SguShape& s, int64_t strip, int64_t h,
+                                     const GradientRange& g, const F* c, int64_t c_stride);
+
+// c to the gradient; what lies above the diagonal becomes 0. S: columns of a strip.
+template <class F, class U>
+void write_weight_gradient(const Tensor& dweight, const SguShape& s, int64_t S, int64_t h, const GradientRange& g,
+                           const F* c, int64_t c_stride) {
+  constexpr int W = kWidth<F>;
+  const int64_t half = ceil_div(s.w, S);
+  for (int64_t r = 0; r < g.rows; ++r) {
+    const int64_t row = g.row + r;
+    U* out = dweight.as<U>() + h * dweight.stride[0] + row * dweight.stride[1];
+    for (int64_t i = 0; i < g.strips; ++i) {
+      const int64_t strip = g.first + i;
+      const bool own = !s.look_back || strip >= half;
+      const int64_t token = (own && s.look_back ? strip - half : strip) * S;
+      U* to = out + (own ? s.own : 0) + token;
+      for (int v = 0; v < S && token + v < s.w; v += W) {
+        const Vec<F> x = load(c + r * c_stride + i * S + v);
+        const Vec<F> kept = own ? select(lanes_below<F>(row + 1 - token - v), x, zero<F>()) : x;
+        const int64_t n = s.w - token - v;
+        if (n >= W)
+          store_as<F>(to + v, kept);
+        else
+          store_as<F>(to + v, kept, static_cast<int>(n));
+      }
+    }
+  }
+}
+
+template <class F>
+WriteWeightGradient<F> choose_write(DType dtype) {
+  if constexpr (kSame<F, double>) {
+    return write_weight_gradient<double, double>;
+  } else {
+    switch (dtype) {
+      case DType::kBFloat16:
+        return write_weight_gradient<float, BFloat16>;
+      case DType::kFloat16:
+        return write_weight_gradient<float, Float16>;
+      default:
+        return write_weight_gradient<float, float>;
+    }
+  }
+}
+
+// One number in the tensor's type.
+template <class F>
+void store_number(const Tensor& t, int64_t at, F x) {
+  Vec<F> v = set1(x);
+  if constexpr (kSame<F, double>) {
+    store(t.as<double>() + at, v, 1);
+  } else {
+    switch (t.dtype) {
+      case DType::kBFloat16:
+        return store_as<float>(t.as<BFloat16>() + at, v, 1);
+      case DType::kFloat16:
+        return store_as<float>(t.as<Float16>() + at, v, 1);
+      default:
+        return store(t.as<float>() + at, v, 1);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

@@ -1,0 +1,98 @@
+"""Registers torch.ops.hierkernels.causal_sgu_forward and _backward, their fakes and autograd."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from hierkernels import dispatch
+from hierkernels.library import LIBRARY
+from hierkernels.ops.attention.call import unit_stride
+from hierkernels.ops.causal_sgu.call import SguCall, new_like
+
+_CALL = (
+    "Tensor residual, Tensor gate, Tensor weight, Tensor bias, Tensor? gate_residual, "
+    "SymInt window, str activation"
+)
+# keep: return the pre-activation, which the backward starts from; else it is empty.
+LIBRARY.define(f"causal_sgu_forward({_CALL}, bool keep, str backend) -> (Tensor out, Tensor z)")
+# wanted: which of the gradients, in the order of GRADIENTS; the others are empty.
+LIBRARY.define(
+    f"causal_sgu_backward({_CALL}, Tensor z, Tensor dout, bool[] wanted, str backend) -> "
+    "(Tensor dresidual, Tensor dgate, Tensor dweight, Tensor dbias, Tensor dgate_residual)"
+)
+
+
+def _backend(call: SguCall, asked: str) -> ModuleType:
+    return dispatch.load_backend("causal_sgu", dispatch.resolve("causal_sgu", call, asked).backend)
+
+
+def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call, keep = SguCall(*args[:7]), args[7]
+    return _backend(call, args[8]).forward(call, keep)
+
+
+def _fake_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return SguCall(*args[:7]).new_outputs(args[7])
+
+
+def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    call = SguCall(*args[:7])
+    z, dout, wanted, backend = args[7:]
+    grads = _backend(call, backend).backward(call, z, unit_stride(dout), wanted)
+    none = call.gate.new_empty(0)
+    return tuple(
+        none if grad is None or not want else grad for grad, want in zip(grads, wanted, strict=True)
+    )
+
+
+def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    residual, gate, weight, bias = args[:4]
+    tensors = (residual, gate, weight, bias, gate)
+    none = gate.new_empty(0)
+    return tuple(new_like(t) if want else none for t, want in zip(tensors, args[9], strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, gate_residual, ctx.window, ctx.activation, ctx.keep, ctx.backend = inputs
+    # The gate's residual enters the pre-activation alone, and that is saved if it is kept.
+    ctx.save_for_backward(*tensors, None if ctx.keep else gate_residual, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: torch.Tensor | None, _: Any) -> tuple:
+    if dout is None:
+        return (None,) * 9
+    *tensors, z = ctx.saved_tensors
+    if not ctx.keep:
+        _, z = torch.ops.hierkernels.causal_sgu_forward.default(
+            *tensors, ctx.window, ctx.activation, True, ctx.backend
+        )
+    wanted = list(ctx.needs_input_grad[:5])
+    grads = torch.ops.hierkernels.causal_sgu_backward.default(
+        *tensors, ctx.window, ctx.activation, z, dout, wanted, ctx.backend
+    )
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 4
+
+
+def _differentiate_twice(ctx: Any, *grads: torch.Tensor) -> tuple:
+    raise NotImplementedError(
+        "causal_sgu: the kernels have no second derivative; backend='reference' is differentiable "
+        "any number of times"
+    )
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("causal_sgu_forward", _forward, _key)
+    LIBRARY.impl("causal_sgu_backward", _backward, _key)
+torch.library.register_fake("hierkernels::causal_sgu_forward", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("hierkernels::causal_sgu_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd(
+    "hierkernels::causal_sgu_forward", _differentiate, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "hierkernels::causal_sgu_backward", _differentiate_twice, lib=LIBRARY
+)

@@ -1,0 +1,48 @@
+"""Checks that several models make of what they are given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_integers(name: str, values: object, *, minimum: int) -> None:
+    """Raises TypeError or ValueError unless values is a tuple of integers from minimum on."""
+    if not isinstance(values, tuple):
+        raise TypeError(f"{name} must be a tuple of integers, got {values!r}")
+    if not all(type(value) is int for value in values):
+        raise TypeError(f"{name} must be made of integers, got {values}")
+    if any(value < minimum for value in values):
+        raise ValueError(f"{name} must be at least {minimum} everywhere, got {values}")
+
+
+def check_integer(name: str, value: object, *, minimum: int) -> None:
+    """Raises TypeError or ValueError unless value is an integer from minimum on."""
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_token_type(name: str, ids: object, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless ids is a tensor of integers on the device."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    if ids.device != device:
+        raise ValueError(f"{name} must be on the model's device {device}, got {ids.device}")
+
+
+def check_token_values(name: str, ids: Tensor, num_tokens: int) -> None:
+    """Raises ValueError unless ids are from 0 to num_tokens - 1; looks at tensors on the CPU only.
+
+    On a GPU this would wait for the device at every call, and a compiler cannot trace it.
+    """
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= num_tokens:
+            raise ValueError(
+                f"{name} must be from 0 to num_tokens - 1 = {num_tokens - 1}, got values "
+                f"from {low} to {high}"
+            )

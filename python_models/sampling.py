@@ -1,0 +1,108 @@
+"""Drawing one token after another: how a token is chosen, and the loop that all models share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from python_models.layers import gumbel_sample, keep_top
+
+
+class Reader(Protocol):
+    """Reads a growing sequence."""
+
+    def append(self, ids: Tensor) -> Tensor:
+        """Adds tokens ``ids (B, N)``; returns the logits ``(B, V)`` of the token after them."""
+
+
+class Recomputation:
+    """Runs the whole model on the whole sequence for every token: what a cache must agree with."""
+
+    def __init__(self, model: nn.Module, limit: int | None = None) -> None:
+        """``limit`` is the largest number of tokens, the newest ones, that the model is shown."""
+        self.model = model
+        self.limit = limit
+        self.sequence: Tensor | None = None
+
+    def remember(self, ids: Tensor) -> None:
+        """Adds tokens ``ids (B, N)`` that nothing is to be predicted after."""
+        ids = ids if self.sequence is None else torch.cat((self.sequence, ids), dim=1)
+        self.sequence = ids if self.limit is None else ids[:, -self.limit :]
+
+    def append(self, ids: Tensor) -> Tensor:
+        """As :meth:`Reader.append`."""
+        self.remember(ids)
+        return self.model(self.sequence)[:, -1]
+
+
+def multinomial_sample(
+    logits: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draws from softmax(logits / temperature) over the last dimension: ``(B, V) -> (B,)``."""
+    probabilities = (logits / temperature).softmax(dim=-1)
+    return rearrange(torch.multinomial(probabilities, 1, generator=generator), "b 1 -> b")
+
+
+def chooser(
+    *,
+    temperature: float,
+    filter_thres: float,
+    generator: torch.Generator | None,
+    draw: Callable[..., Tensor] = gumbel_sample,
+    filter_logits: Callable[..., Tensor] = keep_top,
+) -> Callable[[Tensor], Tensor]:
+    """The function that picks tokens ``(B,)`` given logits ``(B, V)``.
+
+    Args:
+        temperature: divides the logits; 0 takes the most likely token.
+        filter_thres: share of the vocabulary that is never drawn, the least likely tokens.
+        generator: source of the random numbers; None is PyTorch's default generator.
+        draw: how to draw; :func:`gumbel_sample` or :func:`multinomial_sample`, which have the same
+            distribution and use the random numbers in another way.
+        filter_logits: called as ``filter_logits(logits, thres=filter_thres)`` before a draw.
+
+    Raises:
+        ValueError: temperature or filter_thres out of range.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if not 0 <= filter_thres <= 1:
+        raise ValueError(f"filter_thres must be a share from 0 to 1, got {filter_thres}")
+
+    def choose(logits: Tensor) -> Tensor:
+        if temperature == 0:
+            return logits.argmax(dim=-1)
+        logits = filter_logits(logits, thres=filter_thres)
+        return draw(logits, temperature=temperature, generator=generator)
+
+    return choose
+
+
+@torch.no_grad()
+def draw_tokens(
+    model: nn.Module,
+    make_reader: Callable[[], Reader],
+    sequence: Tensor,
+    count: int,
+    choose: Callable[[Tensor], Tensor],
+) -> Generator[Tensor, None, None]:
+    """Yields the ``count`` tokens ``(B,)`` after ``sequence (B, N)``, each as soon as it is chosen.
+
+    The model is in evaluation mode from the first token until the iterator ends or is closed; the
+    mode it was in comes back then. The reader is made in that mode.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        reader = make_reader()
+        new = sequence
+        for _ in range(count):
+            token = choose(reader.append(new))
+            yield token
+            new = rearrange(token, "b -> b 1")
+    finally:
+        model.train(was_training)
