@@ -64,7 +64,8 @@ Tensor tensor(const py::object& t) {
 
 AttentionParams params(const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
                        const py::object& mask, const py::object& padding, const py::object& seed,
-                       const std::array<int64_t, 10>& r, double scale, double softcap, double dropout_p) {
+                       const std::array<int64_t, 10>& r, double scale, double softcap, double dropout_p,
+                       int64_t bias_width, int64_t bias_before) {
   AttentionParams p;
   p.q = tensor(q);
   p.k = tensor(k);
@@ -76,6 +77,8 @@ AttentionParams params(const py::object& q, const py::object& k, const py::objec
   p.scale = scale;
   p.softcap = softcap;
   p.dropout_p = dropout_p;
+  p.bias_width = bias_width;
+  p.bias_before = bias_before;
   if (!seed.is_none()) p.seed = static_cast<uint64_t>(*tensor(seed).as<int64_t>());
   return p;
 }
@@ -118,8 +121,8 @@ PYBIND11_MODULE(_native, m) {
         [](const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
            const py::object& mask, const py::object& padding, const py::object& seed,
            const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
-           const py::object& out, const py::object& lse) {
-          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p);
+           int64_t bias_width, int64_t bias_before, const py::object& out, const py::object& lse) {
+          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p, bias_width, bias_before);
           p.out = tensor(out);
           p.lse = tensor(lse);
           py::gil_scoped_release release;
@@ -129,9 +132,9 @@ PYBIND11_MODULE(_native, m) {
         [](const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
            const py::object& mask, const py::object& padding, const py::object& seed,
            const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
-           const py::object& out, const py::object& lse, const py::object& dout, const py::object& dlse,
+           int64_t bias_width, int64_t bias_before, const py::object& out, const py::object& lse, const py::object& dout, const py::object& dlse,
            const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dbias) {
-          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p);
+          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p, bias_width, bias_before);
           p.out = tensor(out);
           p.lse = tensor(lse);
           p.dout = tensor(dout);

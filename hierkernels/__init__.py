@@ -5,6 +5,7 @@ from hierkernels.explain import explain
 from hierkernels.key_range import KeyRange, Staircase
 from hierkernels.ops.attention import attention
 from hierkernels.ops.causal_sgu import causal_sgu
+from hierkernels.ops.local_attention import local_attention
 from hierkernels.version import __version__
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "attention",
     "causal_sgu",
     "explain",
+    "local_attention",
     "use_backend",
 ]

@@ -74,13 +74,14 @@ def _without_paths(text: str) -> str:
     return text.replace(f"{Path(__file__).resolve().parent}", "hierkernels")
 
 
-def _plain_call(op: str, device: str) -> tuple[torch.Tensor, ...]:
+def _plain_call(op: str, device: str) -> tuple[torch.Tensor | int, ...]:
     """Arguments of the plainest call of an operator."""
     if op == "causal_sgu":
         shapes: tuple[tuple[int, ...], ...] = ((1, 1, 64), (1, 1, 64), (1, 1, 1), (1, 1))
     else:
         shapes = ((1, 1, 1, 64),) * 3
-    return tuple(torch.empty(shape, device=device) for shape in shapes)
+    tensors = tuple(torch.empty(shape, device=device) for shape in shapes)
+    return (*tensors, 1) if op == "local_attention" else tensors
 
 
 def _backends(op: str, device: str) -> Section:

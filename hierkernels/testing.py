@@ -256,20 +256,21 @@ def term_sizes(
         sizes["dk"] = per_kv_head(ds.mT @ q) * scale
         sizes["dv"] = per_kv_head((p * keep).mT @ do)
         if inputs.bias is not None:
-            sizes["dbias"] = ds.sum_to_size(inputs.bias.shape)
+            sizes["dbias"] = reference.bias_gradient(call, ds)
     return {name: t ** (1 / power) for name, t in sizes.items()}
 
 
 @torch.no_grad()
 def unseen(inputs: Inputs) -> Results:
     """Bool, where a result is exactly 0: queries that see no key, keys that no query sees."""
-    _, biased = reference._scores(inputs.call())
+    call = inputs.call()
+    _, biased = reference._scores(call)
     seen = biased > -math.inf
     no_key = ~seen.any(-1)[..., None]
-    no_query = ~seen.any(-2).unflatten(1, (-1, inputs.call().group)).any(2)[..., None]
+    no_query = ~seen.any(-2).unflatten(1, (-1, call.group)).any(2)[..., None]
     hidden = {"out": no_key, "dq": no_key, "dk": no_query, "dv": no_query}
     if inputs.bias is not None:
-        hidden["dbias"] = seen.to(torch.float32).sum_to_size(inputs.bias.shape) == 0
+        hidden["dbias"] = reference.bias_gradient(call, seen.to(torch.float32)) == 0
     return hidden
 
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
+
+import hierkernels as hk
 
 
 class RMSNorm(nn.Module):
@@ -76,6 +79,213 @@ def token_shift(x: Tensor) -> Tensor:
     """Delays the second half of the channels by one position, zero first: ``(B, N, C)``."""
     kept, delayed = x.chunk(2, dim=-1)
     return torch.cat((kept, F.pad(delayed, (0, 0, 1, -1))), dim=-1)
+
+
+class LocalRotaryEmbedding(RotaryEmbedding):
+    """Rotary positions of windowed attention, with xpos if ``scale_base`` is given.
+
+    xpos (Sun et al., 2022, section 3.1) multiplies query i and key j by ``s**(i / scale_base)`` and
+    ``s**(-j / scale_base)``, s below 1 and by channel, so that distant pairs weigh less.
+    """
+
+    scale: Tensor
+
+    def __init__(self, dim: int, scale_base: float | None = None) -> None:
+        super().__init__(dim)
+        self.scale_base = scale_base
+        scale = (torch.arange(0, dim, 2) + 0.4 * dim) / (1.4 * dim)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def turn(self, q: Tensor, k: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+        """q, k ``(..., N, D)``, the last query at the last key's position plus ``ahead``."""
+        n = k.shape[-2]
+        cos, sin = self(n + ahead)
+        decay = torch.ones_like(cos)
+        if self.scale_base is not None:
+            positions = torch.arange(n + ahead, device=cos.device, dtype=cos.dtype)
+            decay = self.scale ** ((positions - (n + ahead) // 2) / self.scale_base)[:, None]
+            decay = torch.cat((decay, decay), dim=-1)
+        last = slice(n + ahead - q.shape[-2], None)
+        q = apply_rotary(q, (cos[last] * decay[last], sin[last] * decay[last]))
+        return q, apply_rotary(k, (cos[:n] / decay[:n], sin[:n] / decay[:n]))
+
+
+class LocalAttention(nn.Module):
+    """Windowed attention of q, k, v ``(B, H, N, D)`` with rotary positions; any length.
+
+    As in the package local-attention 1.11.2, positions are counted so that with ``look_forward``
+    f > 0 each query stands f windows ahead of its own key.
+    """
+
+    # xpos grows with the distance from the middle, so that long sequences are cut into segments
+    # of so many windows; the last one of each segment is the next one's look-back.
+    SEGMENT = 4
+
+    def __init__(
+        self,
+        *,
+        window_size: int,
+        dim: int,
+        causal: bool = False,
+        look_backward: int = 1,
+        look_forward: int | None = None,
+        dropout: float = 0.0,
+        exact_windowsize: bool = False,
+        scale: float | None = None,
+        use_rotary_pos_emb: bool = True,
+        use_xpos: bool = False,
+        xpos_scale_base: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.causal = causal
+        self.look_backward = look_backward
+        self.look_forward = (0 if causal else 1) if look_forward is None else look_forward
+        self.dropout = dropout
+        self.exact_windowsize = exact_windowsize
+        self.scale = scale
+        self.rel_pos: LocalRotaryEmbedding | None = None
+        if use_rotary_pos_emb:
+            base = (xpos_scale_base or window_size // 2) if use_xpos else None
+            self.rel_pos = LocalRotaryEmbedding(dim, base)
+
+    @property
+    def ahead(self) -> int:
+        """Positions by which a query is ahead of its own key."""
+        return self.look_forward * self.window_size
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+    ) -> Tensor:
+        """``(B, H, N, D)``; mask ``(B, N)`` bool, True = real; attn_bias ``(H, w, slots)``."""
+        size = self.SEGMENT * self.window_size
+        if self.rel_pos is None or self.rel_pos.scale_base is None or q.shape[2] <= size:
+            return self._attend(q, k, v, mask, attn_bias)
+        batch, length = q.shape[0], q.shape[2]
+        before = self.look_backward * self.window_size
+        pad = (before, -length % size + self.ahead)
+        if mask is None:
+            mask = q.new_ones(batch, length, dtype=torch.bool)
+
+        def cut(x: Tensor) -> Tensor:
+            x = F.pad(x, (0, 0, *pad)).unfold(2, before + size + self.ahead, size)
+            return rearrange(x, "b h s d n -> (b s) h n d")
+
+        masks = F.pad(mask, pad, value=False).unfold(1, before + size + self.ahead, size)
+        masks = rearrange(masks, "b s n -> (b s) n")
+        out = self._attend(cut(q), cut(k), cut(v), masks, attn_bias)
+        out = out[:, :, before : before + size]
+        return rearrange(out, "(b s) h n d -> b h (s n) d", b=batch)[:, :, :length]
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None
+    ) -> Tensor:
+        if self.rel_pos is not None:
+            q, k = self.rel_pos.turn(q, k, self.ahead)
+        return hk.local_attention(
+            q, k, v, self.window_size, is_causal=self.causal, look_backward=self.look_backward,
+            look_forward=self.look_forward, exact_window=self.exact_windowsize,
+            key_padding_mask=mask, attn_bias=attn_bias, scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    def attend_last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The last query alone, ``q (B, H, 1, D)``, of a causal layer over all keys so far."""
+        reach = self.look_backward * self.window_size + 1
+        if not self.exact_windowsize:
+            reach += (k.shape[2] - 1) % self.window_size
+        k, v = k[:, :, -reach:], v[:, :, -reach:]
+        if self.rel_pos is not None:
+            q, k = self.rel_pos.turn(q, k, 0)
+        return hk.attention(q, k, v, scale=self.scale)
+
+
+class LocalMHA(nn.Module):
+    """Multi-head windowed attention ``(B, N, C) -> (B, N, C)`` of local-attention 1.11.2.
+
+    Its checkpoints load unchanged. ``prenorm`` puts a LayerNorm in front; windows are exact unless
+    ``exact_windowsize=False``; ``qk_rmsnorm`` compares directions, times ``qk_scale``;
+    ``gate_values_per_head`` gates each head's output. Further options are those of LocalAttention.
+
+    Unlike the original, a token that sees nothing has the output 0, padded tail tokens are never
+    seen, and one token at a time gives what all at once do for every option.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        window_size: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        dropout: float = 0.0,
+        causal: bool = False,
+        prenorm: bool = False,
+        qk_rmsnorm: bool = False,
+        qk_scale: float = 8,
+        use_xpos: bool = False,
+        xpos_scale_base: float | None = None,
+        exact_windowsize: bool | None = None,
+        gate_values_per_head: bool = False,
+        look_backward: int = 1,
+        look_forward: int | None = None,
+        use_rotary_pos_emb: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim) if prenorm else None
+        self.to_qkv = nn.Linear(dim, dim_head * heads * 3, bias=False)
+        self.qk_rmsnorm = qk_rmsnorm
+        if qk_rmsnorm:
+            self.q_scale = nn.Parameter(torch.ones(dim_head))
+            self.k_scale = nn.Parameter(torch.ones(dim_head))
+        self.attn_fn = LocalAttention(
+            window_size=window_size, dim=dim_head, causal=causal, look_backward=look_backward,
+            look_forward=look_forward, dropout=dropout,
+            exact_windowsize=True if exact_windowsize is None else exact_windowsize,
+            scale=qk_scale if qk_rmsnorm else None, use_rotary_pos_emb=use_rotary_pos_emb,
+            use_xpos=use_xpos, xpos_scale_base=xpos_scale_base,
+        )  # fmt: skip
+        self.to_v_gate = nn.Sequential(nn.Linear(dim, heads)) if gate_values_per_head else None
+        self.to_out = nn.Linear(dim_head * heads, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        cache: Tensor | None = None,
+        return_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x ``(B, N, C)``; mask ``(B, N)`` bool, True = real token; attn_bias ``(H, w, slots)``.
+
+        With a cache ``(2, B, H, N, D)``, the keys and values that return_cache gave back, x is the
+        one new token of a causal layer; mask and attn_bias must be None.
+        """
+        if self.norm is not None:
+            x = self.norm(x)
+        q, k, v = rearrange(self.to_qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+        if self.qk_rmsnorm:
+            q = F.normalize(q, dim=-1) * self.q_scale
+            k = F.normalize(k, dim=-1) * self.k_scale
+        if cache is None:
+            out = self.attn_fn(q, k, v, mask=mask, attn_bias=attn_bias)
+        else:
+            if x.shape[1] != 1 or not self.attn_fn.causal:
+                raise ValueError("cache needs one token and causal=True")
+            if mask is not None or attn_bias is not None:
+                raise ValueError("with a cache, mask and attn_bias must be None")
+            k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+            out = self.attn_fn.attend_last(q, k, v)
+        if self.to_v_gate is not None:
+            out = out * rearrange(self.to_v_gate(x), "b n h -> b h n 1").sigmoid()
+        out = self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        return (out, torch.stack((k, v))) if return_cache else out
 
 
 class KVCache:

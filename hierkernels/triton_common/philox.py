@@ -21,15 +21,16 @@ def dropout_keep(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
+    ALIGNED: tl.constexpr = True,
 ):
     """True where a probability survives, for the keys n0 ... n0 + BLOCK_N - 1.
 
-    n0 is a multiple of BLOCK_N; i (query): [BLOCK_M], h (head): the same or a scalar.
+    n0 is a multiple of BLOCK_N if ALIGNED; i (query): [BLOCK_M], h (head): the same or a scalar.
     The tile is [BLOCK_M, BLOCK_N], and [BLOCK_N, BLOCK_M] with KEYS_FIRST.
     """
-    # A tile of whole periods of 64 keys uses all four words of each counter, a smaller one picks
-    # a word for each key.
-    WHOLE: tl.constexpr = BLOCK_N % 64 == 0
+    # A tile of whole periods of 64 keys uses all four words of each counter, any other picks a
+    # word for each key.
+    WHOLE: tl.constexpr = ALIGNED and BLOCK_N % 64 == 0
     if WHOLE:
         counter = n0 // 4 + tl.arange(0, BLOCK_N // 4)
     else:

@@ -171,14 +171,10 @@ def test_backward_follows_another_backends_forward(
 ) -> None:
     inputs, standard = _standard(name, dtype)[0], _standard_of_saved(name, dtype)
     call = inputs.call()
-    problem = (
-        call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed,
-        call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p,
-    )  # fmt: skip
     with threads():
-        out, lse = torch.ops.hierkernels.attention_forward(*problem, first)
+        out, lse = torch.ops.hierkernels.attention_forward(*call.arguments(), first)
         dq, dk, dv, dbias = torch.ops.hierkernels.attention_backward(
-            *problem, out, lse, inputs.dout, inputs.dlse, call.bias is not None, second
+            *call.arguments(), out, lse, inputs.dout, inputs.dlse, call.bias is not None, second
         )
     results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     if call.bias is not None:

@@ -13,6 +13,8 @@ struct AttentionParams {
   Tensor lse;       // (B, Hq, Nq), float32 (float64 if q is), contiguous
   Tensor bias;      // optional, any float type, broadcast strides over (B, Hq, Nq, Nk)
   Tensor mask;      // optional, bool, broadcast strides over (B, Hq, Nq, Nk); true: may attend
+  // With a width, the bias is (1, Hq, width, slots): see bias_slots.h.
+  int64_t bias_width = 0, bias_before = 0;
   Tensor padding;   // optional, bool (B, Nk); true: a real token
   KeyRange range;   // canonical
   double scale = 1;

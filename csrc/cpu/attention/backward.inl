@@ -234,7 +234,8 @@ class Backward {
     TileBiasGradient<F> bias;
     if (p_.dbias) {
       const Tensor& g = p_.dbias;
-      bias = {dbias + t.b * g.stride[0] + t.kv_head * group * g.stride[1], g.stride[1], g.stride[2], g.stride[3]};
+      bias = {dbias + t.b * g.stride[0] + t.kv_head * group * g.stride[1], g.stride[1], g.stride[2], g.stride[3],
+              BiasSlots::from(p_)};
     }
 
     const int64_t stride = shape_.stride;

@@ -60,7 +60,7 @@ inline BackwardPlan plan_backward(const AttentionParams& p, int64_t threads, int
   const Tensor& g = p.dbias;
   plan.share_batch = g && g.stride[0] == 0;
   plan.share_head = g && g.stride[1] == 0;
-  plan.share_split = g && g.stride[3] == 0;
+  plan.share_split = g && (g.stride[3] == 0 || p.bias_width > 0);
   plan.members = (plan.share_batch ? plan.batch : 1) * (plan.share_head ? plan.kv_heads : 1) *
                  (plan.share_split ? plan.splits : 1);
   plan.families = plan.members ? pairs * plan.splits / plan.members : 0;

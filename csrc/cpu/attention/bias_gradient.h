@@ -7,6 +7,7 @@
 #include "../scratch.h"
 #include "../simd.h"
 #include "attention.h"
+#include "bias_slots.h"
 
 namespace hierkernels {
 namespace HK_ISA {
@@ -15,7 +16,7 @@ namespace {
 template <class F>
 class BiasGradient {
  public:
-  BiasGradient(const AttentionParams& p, int threads) : t_(p.dbias), copies_(1) {
+  BiasGradient(const AttentionParams& p, int threads) : t_(p.dbias), slots_(BiasSlots::from(p)), copies_(1) {
     if (!t_) return;
     size_ = 1;
     for (int d = 0; d < 4; ++d) size_ *= t_.size[d];
@@ -31,15 +32,16 @@ class BiasGradient {
 
   // sums[b, h, i, j0 .. j0 + n) += row.
   void add_row(F* sums, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, const F* row) const {
-    F* to = sums + b * t_.stride[0] + h * t_.stride[1] + i * t_.stride[2];
+    F* to = sums + b * t_.stride[0] + h * t_.stride[1] + slots_.row(i) * t_.stride[2];
+    const int64_t column = slots_.column(i, j0), begin = slots_.begin(column), end = slots_.end(column, n);
     if (t_.stride[3] == 0) {
       F sum = 0;
-      for (int64_t j = 0; j < n; ++j) sum += row[j];
+      for (int64_t j = begin; j < end; ++j) sum += row[j];
       *to += sum;
       return;
     }
-    to += j0;  // contiguous
-    for (int64_t j = 0; j < n; ++j) to[j] += row[j];
+    to += column;  // contiguous
+    for (int64_t j = begin; j < end; ++j) to[j] += row[j];
   }
 
   // After all tasks, outside of the parallel region.
@@ -52,6 +54,7 @@ class BiasGradient {
 
  private:
   Tensor t_;
+  BiasSlots slots_;
   int copies_;
   int64_t size_ = 0;
   F* copies_data_ = nullptr;

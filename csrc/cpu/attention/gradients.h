@@ -12,28 +12,34 @@ template <class F>
 struct TileBiasGradient {
   F* data = nullptr;  // for the batch and the first head of the group; null: not wanted
   int64_t head_stride = 0, query_stride = 0, key_stride = 0;  // 0 or as in dbias; the last is 0 or 1
+  BiasSlots slots;
 
   // Asks for the memory that add() changes.
   HK_INLINE void prefetch(const TileRows& tile, int r, int from, int to) const {
     if (!data || key_stride == 0) return;
-    const F* row = data + tile.head[r] * head_stride + tile.query[r] * query_stride + tile.key;
+    const F* row = row_of(tile, r) + slots.column(tile.query[r], tile.key);
     HK_ISA::prefetch(row + from, (to - from) * static_cast<int64_t>(sizeof(F)));
   }
 
-  // Adds the dS of row r, keys [from, to).
+  // Adds the dS of row r, keys [from, to), which it sees: all of them have a slot.
   void add(const TileRows& tile, int r, int from, int to, const F* ds) const {
     constexpr int W = kWidth<F>;
-    F* row = data + tile.head[r] * head_stride + tile.query[r] * query_stride;
+    F* row = row_of(tile, r);
     if (key_stride == 0) {
       Vec<F> sum = zero<F>();
       for (int j = from; j < to; j += W) sum += j + W <= to ? load(ds + j) : load(ds + j, to - j);
       *row += reduce_add(sum);
       return;
     }
-    row += tile.key;
+    row += slots.column(tile.query[r], tile.key);
     int j = from;
     for (; j + W <= to; j += W) store(row + j, load(row + j) + load(ds + j));
     if (j < to) store(row + j, load(row + j, to - j) + load(ds + j, to - j), to - j);
+  }
+
+ private:
+  F* row_of(const TileRows& tile, int r) const {
+    return data + tile.head[r] * head_stride + slots.row(tile.query[r]) * query_stride;
   }
 };
 

@@ -3,6 +3,7 @@
 #include "../../common/philox.h"
 #include "../simd.h"
 #include "attention.h"
+#include "bias_slots.h"
 
 namespace hierkernels {
 namespace HK_ISA {
@@ -54,6 +55,7 @@ inline void philox_words(uint64_t seed, uint32_t first, uint32_t query, uint32_t
 
 struct ScoreModifiers {
   Tensor bias, mask, padding;  // broadcast strides
+  BiasSlots slots;
   bool additive;               // there is a bias, a mask or padding
   bool same_for_queries;       // the additive row does not depend on the query
   bool same_for_heads;         // nor on the head
@@ -67,8 +69,9 @@ struct ScoreModifiers {
     m.bias = p.bias;
     m.mask = p.mask;
     m.padding = p.padding;
+    m.slots = BiasSlots::from(p);
     m.additive = p.bias || p.mask || p.padding;
-    m.same_for_queries = p.bias.stride[2] == 0 && p.mask.stride[2] == 0;
+    m.same_for_queries = !m.slots && p.bias.stride[2] == 0 && p.mask.stride[2] == 0;
     m.same_for_heads = p.bias.stride[1] == 0 && p.mask.stride[1] == 0;
     m.dropout = p.dropout_p > 0;
     m.drop_below = dropout_threshold(p.dropout_p);
@@ -82,20 +85,10 @@ struct ScoreModifiers {
   template <class F>
   void additive_row(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, F* row) const {
     if (bias) {
-      const int64_t at = b * bias.stride[0] + h * bias.stride[1] + i * bias.stride[2] + j0 * bias.stride[3];
-      switch (bias.dtype) {
-        case DType::kFloat64:
-          scaled_row(bias.as<double>() + at, bias.stride[3], n, row);
-          break;
-        case DType::kBFloat16:
-          scaled_row(bias.as<BFloat16>() + at, bias.stride[3], n, row);
-          break;
-        case DType::kFloat16:
-          scaled_row(bias.as<Float16>() + at, bias.stride[3], n, row);
-          break;
-        default:
-          scaled_row(bias.as<float>() + at, bias.stride[3], n, row);
-      }
+      // Keys without a slot are out of sight: any finite number will do.
+      const int64_t column = slots.column(i, j0), begin = slots.begin(column), end = slots.end(column, n);
+      if (end - begin != n) memset(row, 0, static_cast<size_t>(n) * sizeof(F));
+      if (begin < end) bias_row(bias_at(b, h, i, column + begin), end - begin, row + begin);
     } else {
       memset(row, 0, static_cast<size_t>(n) * sizeof(F));
     }
@@ -111,8 +104,7 @@ struct ScoreModifiers {
   HK_INLINE void prefetch_row(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n) const {
     if (bias && bias.stride[3] == 1) {
       const int bytes = bias.dtype == DType::kFloat64 ? 8 : bias.dtype == DType::kFloat32 ? 4 : 2;
-      const int64_t at = b * bias.stride[0] + h * bias.stride[1] + i * bias.stride[2] + j0;
-      prefetch(bias.as<char>() + at * bytes, n * bytes);
+      prefetch(bias.as<char>() + bias_at(b, h, i, slots.column(i, j0)) * bytes, n * bytes);
     }
     if (mask && mask.stride[3] == 1)
       prefetch(mask.as<char>() + b * mask.stride[0] + h * mask.stride[1] + i * mask.stride[2] + j0, n);
@@ -142,6 +134,24 @@ struct ScoreModifiers {
   }
 
  private:
+  int64_t bias_at(int64_t b, int64_t h, int64_t i, int64_t column) const {
+    return b * bias.stride[0] + h * bias.stride[1] + slots.row(i) * bias.stride[2] + column * bias.stride[3];
+  }
+
+  template <class F>
+  void bias_row(int64_t at, int64_t n, F* row) const {
+    switch (bias.dtype) {
+      case DType::kFloat64:
+        return scaled_row(bias.as<double>() + at, bias.stride[3], n, row);
+      case DType::kBFloat16:
+        return scaled_row(bias.as<BFloat16>() + at, bias.stride[3], n, row);
+      case DType::kFloat16:
+        return scaled_row(bias.as<Float16>() + at, bias.stride[3], n, row);
+      default:
+        return scaled_row(bias.as<float>() + at, bias.stride[3], n, row);
+    }
+  }
+
   template <class F, class T>
   static void scaled_row(const T* x, int64_t stride, int64_t n, F* row) {
     constexpr int W = kWidth<F>;

@@ -34,6 +34,7 @@ from hierkernels.ops.attention.api import make_call
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.attention.triton_configs import SHARED_MEMORY
 from hierkernels.ops.attention.triton_launch import Launch, Target, plan_backward, plan_forward
+from hierkernels.ops.local_attention import api as local_attention
 
 ARCHITECTURES = (80, 90, 100)
 _TENSOR_MEMORY = 512  # columns
@@ -49,7 +50,7 @@ class Case:
     heads: int = 4
     kv_heads: int = 4
     queries: int = 2048
-    options: str = ""  # names of _OPTIONS, separated by blanks
+    options: str = ""  # names that _make_call knows, separated by blanks
     quick: bool = False  # part of the set for continuous integration
 
 
@@ -76,6 +77,9 @@ CASES = (
     Case("shared-bias", 64, options="shared_bias"),
     Case("shared-bias", 128, options="shared_bias"),
     Case("shared-bias", 256, options="shared_bias"),
+    Case("slot-bias", 64, options="slot_bias", quick=True),
+    Case("slot-bias", 128, options="slot_bias"),
+    Case("slot-bias", 256, options="slot_bias"),
     Case("key-bias", 128, options="key_bias"),
     Case("mask", 128, options="mask"),
     Case("padding", 128, options="padding"),
@@ -146,12 +150,15 @@ def _make_call(case: Case) -> AttentionCall:
         "padding": {"key_padding_mask": empty(B, n_keys, dtype=torch.bool)},
         "softcap": {"softcap": 30.0},
         "dropout": {"dropout_p": 0.1, "dropout_seed": 1},
+        "slot_bias": {"attn_bias": empty(H, 128, 256)},  # of local attention
         "lse": {},
     }
     arguments: dict[str, Any] = {"is_causal": True}
     for name in case.options.split():
         arguments |= options[name]
     q, k, v = empty(B, H, N, D), *(empty(B, case.kv_heads, n_keys, D) for _ in "kv")
+    if "slot_bias" in case.options.split():
+        return local_attention.make_call(q, k, v, 128, **arguments).attention
     return make_call(q, k, v, **arguments)
 
 

@@ -16,7 +16,7 @@ from hierkernels.ops.attention.call import AttentionCall, unit_stride
 
 _NUMBERS = (int, float, numbers.Real, torch.SymInt, torch.SymFloat)
 _UNLIMITED = 2**62  # a window this wide has no end: beyond it, bounds would overflow 64 bits
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int, int]:
@@ -32,7 +32,7 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, 
     # Each attribute of a tensor is read once: a small call is made of microseconds.
     dtype, device = q.dtype, q.device
     (B, Hq, Nq, D), (Bk, Hkv, Nk, Dk), (Bv, Hv, Nv, Dv) = q.shape, k.shape, v.shape
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise TypeError(f"q must be float32, bfloat16, float16 or float64, got {dtype}")
     for name, t, batch in (("k", k, Bk), ("v", v, Bv)):
         if t.dtype != dtype:
@@ -146,7 +146,7 @@ def make_call(
         )
     if attn_bias is not None:
         attn_bias = _check_broadcast("attn_bias", attn_bias, full, q.device)
-        if attn_bias.dtype not in _FLOATS:
+        if attn_bias.dtype not in FLOATS:
             raise TypeError(
                 "attn_bias must be a float tensor (use attn_mask for booleans), "
                 f"got {attn_bias.dtype}"
@@ -203,7 +203,7 @@ def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.T
     return schema.attention_forward(call, name)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """q, k, v in the dtype that autocast asks for; what it does not cast is left to the checks."""
     q = tensors[0]
     if not isinstance(q, torch.Tensor):
@@ -278,7 +278,7 @@ def attention(
 
     Source: Dao et al., "FlashAttention" (2022), for the algorithm.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     call = make_call(
         q, k, v, is_causal=is_causal, window_size=window_size, attn_bias=attn_bias,
         attn_mask=attn_mask, key_padding_mask=key_padding_mask, dropout_p=dropout_p,
@@ -292,4 +292,4 @@ def problem(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False, **options: Any
 ) -> AttentionCall:
     """The canonical form of a call, as hk.attention makes it."""
-    return make_call(*_autocast(q, k, v), **options)
+    return make_call(*autocast(q, k, v), **options)

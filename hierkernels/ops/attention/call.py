@@ -30,7 +30,7 @@ class AttentionCall:
     q: torch.Tensor  # (B, Hq, Nq, D), last stride 1
     k: torch.Tensor  # (B, Hkv, Nk, D), last stride 1
     v: torch.Tensor  # (B, Hkv, Nk, Dv), last stride 1
-    bias: torch.Tensor | None  # (B|1, Hq|1, Nq|1, Nk|1), float
+    bias: torch.Tensor | None  # (B|1, Hq|1, Nq|1, Nk|1), float; by slots if bias_width > 0
     mask: torch.Tensor | None  # (B|1, Hq|1, Nq|1, Nk|1), bool, True = may attend
     padding: torch.Tensor | None  # (B, Nk), bool, True = real token
     seed: torch.Tensor | None  # () int64; given iff dropout_p > 0
@@ -38,6 +38,18 @@ class AttentionCall:
     scale: float
     softcap: float  # 0 = none
     dropout_p: float
+    # With bias_width = w > 0 the bias is (1, Hq, w, slots) and repeats with the buckets of w
+    # queries: query i and key j take the row i % w and the slot j - i // w * w + bias_before.
+    bias_width: int = 0
+    bias_before: int = 0
+
+    def arguments(self) -> tuple:
+        """Everything, in the order of the operators and of the compiled core."""
+        return (
+            self.q, self.k, self.v, self.bias, self.mask, self.padding, self.seed,
+            self.key_range.to_ints(), self.scale, self.softcap, self.dropout_p,
+            self.bias_width, self.bias_before,
+        )  # fmt: skip
 
     @property
     def device_type(self) -> str:

@@ -30,17 +30,10 @@ def supports(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def _problem(call: AttentionCall) -> tuple:
-    return (
-        call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed,
-        call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p,
-    )  # fmt: skip
-
-
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse)."""
     out, lse = call.new_outputs()
-    native().attention_forward(*_problem(call), out, lse)
+    native().attention_forward(*call.arguments(), out, lse)
     return out, lse
 
 
@@ -59,5 +52,5 @@ def backward(
         assert call.bias is not None
         dbias = torch.empty(call.bias.shape, dtype=call.lse_dtype)
     dlse = dlse.to(call.lse_dtype).contiguous() if dlse is not None else None
-    native().attention_backward(*_problem(call), out, lse, dout, dlse, dq, dk, dv, dbias)
+    native().attention_backward(*call.arguments(), out, lse, dout, dlse, dq, dk, dv, dbias)
     return dq, dk, dv, dbias

@@ -56,6 +56,35 @@ def supports(call: AttentionCall) -> list[str]:
     return []
 
 
+def bias_slots(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row, slot) of each pair in a bias by slots, (Nq, 1) and (Nq, Nk); slots may be outside."""
+    i = torch.arange(call.q.shape[2], device=call.q.device)[:, None]
+    j = torch.arange(call.k.shape[2], device=call.q.device)
+    row = i % call.bias_width
+    return row, j - (i - row) + call.bias_before
+
+
+def _full_bias(call: AttentionCall) -> torch.Tensor:
+    """The bias, broadcastable to the scores."""
+    assert call.bias is not None
+    if not call.bias_width:
+        return call.bias
+    row, slot = bias_slots(call)
+    return call.bias[:, :, row, slot.clamp(0, call.bias.shape[3] - 1)]
+
+
+def bias_gradient(call: AttentionCall, ds: torch.Tensor) -> torch.Tensor:
+    """ds (B, Hq, Nq, Nk), 0 where hidden, summed over what shares an element of the bias."""
+    assert call.bias is not None
+    if not call.bias_width:
+        return ds.sum_to_size(call.bias.shape)
+    row, slot = bias_slots(call)
+    width, slots = call.bias.shape[2:]
+    at = (row * slots + slot.clamp(0, slots - 1)).flatten()
+    flat = ds.new_zeros(1, ds.shape[1], width * slots)
+    return flat.index_add_(2, at, ds.sum(0, keepdim=True).flatten(2)).unflatten(2, (width, slots))
+
+
 def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled, soft-capped scores (B, Hq, Nq, Nk), and the same with the bias, -inf where hidden."""
     Hkv = call.k.shape[1]
@@ -64,7 +93,7 @@ def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     scores = rearrange(scores, "b h g i j -> b (h g) i j")
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    biased = scores if call.bias is None else scores + call.bias.to(scores.dtype)
+    biased = scores if call.bias is None else scores + _full_bias(call).to(scores.dtype)
     visible = call.key_range.mask(scores.shape[2], scores.shape[3], scores.device)
     if call.mask is not None:
         visible = visible & call.mask
@@ -132,8 +161,7 @@ def backward(
     ds = p * (dp * keep - delta[..., None])
     dbias = None
     if bias_grad and call.bias is not None:
-        broadcast = [d for d in range(4) if call.bias.shape[d] == 1]
-        dbias = ds.sum(broadcast, keepdim=True) if broadcast else ds
+        dbias = bias_gradient(call, ds)
     if call.softcap:
         ds = ds * (1 - (scores / call.softcap) ** 2)
     ds = rearrange(ds * call.scale, per_kv_head, h=call.k.shape[1]).to(q.dtype)

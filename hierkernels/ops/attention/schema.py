@@ -16,8 +16,10 @@ from hierkernels.ops.attention.call import AttentionCall, unit_stride
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? padding, Tensor? seed, "
-    "SymInt[] key_range, float scale, float softcap, float dropout_p"
+    "SymInt[] key_range, float scale, float softcap, float dropout_p, "
+    "SymInt bias_width, SymInt bias_before"
 )
+_ARGUMENTS = 13  # of _CALL
 LIBRARY.define(f"attention_forward({_CALL}, str backend) -> (Tensor out, Tensor lse)")
 LIBRARY.define(
     f"attention_backward({_CALL}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
@@ -26,9 +28,10 @@ LIBRARY.define(
 
 
 def _call(args: tuple) -> AttentionCall:
-    q, k, v, bias, mask, padding, seed, ints, scale, softcap, dropout_p = args
-    key_range = KeyRange.from_ints(ints)
-    return AttentionCall(q, k, v, bias, mask, padding, seed, key_range, scale, softcap, dropout_p)
+    q, k, v, bias, mask, padding, seed, key_range, *numbers = args[:_ARGUMENTS]
+    return AttentionCall(
+        q, k, v, bias, mask, padding, seed, KeyRange.from_ints(key_range), *numbers
+    )
 
 
 def _backend(call: AttentionCall, asked: str) -> ModuleType:
@@ -36,17 +39,17 @@ def _backend(call: AttentionCall, asked: str) -> ModuleType:
 
 
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    call = _call(args[:11])
-    return _backend(call, args[11]).forward(call)
+    call = _call(args)
+    return _backend(call, args[_ARGUMENTS]).forward(call)
 
 
 def _fake_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _call(args[:11]).new_outputs()
+    return _call(args).new_outputs()
 
 
 def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    call = _call(args[:11])
-    out, lse, dout, dlse, bias_grad, backend = args[11:]
+    call = _call(args)
+    out, lse, dout, dlse, bias_grad, backend = args[_ARGUMENTS:]
     *grads, dbias = _backend(call, backend).backward(
         call, out, lse, unit_stride(dout), dlse, bias_grad
     )
@@ -57,8 +60,8 @@ def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    call = _call(args[:11])
-    bias_grad = args[15]
+    call = _call(args)
+    bias_grad = args[-2]
     dbias = (
         call.bias.new_empty(call.bias.shape)
         if bias_grad and call.bias is not None
@@ -68,7 +71,7 @@ def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.key_range, ctx.scale, ctx.softcap, ctx.dropout_p, ctx.backend = inputs
+    tensors, ctx.numbers, ctx.backend = inputs[:7], inputs[7:_ARGUMENTS], inputs[_ARGUMENTS]
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -76,17 +79,16 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple:
     *tensors, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 12
+        return (None,) * 14
     if dout is None:
         dout = torch.zeros_like(out)
     # With create_graph the gradients need a graph, which the operator makes.
     direct = not torch.is_grad_enabled() and is_unwatched((*tensors, out, lse, dout, dlse))
     backward = _backward if direct else torch.ops.hierkernels.attention_backward.default
     dq, dk, dv, dbias = backward(
-        *tensors, ctx.key_range, ctx.scale, ctx.softcap, ctx.dropout_p, out, lse,
-        dout, dlse, ctx.needs_input_grad[3], ctx.backend,
-    )  # fmt: skip
-    return dq, dk, dv, dbias if ctx.needs_input_grad[3] else None, *(None,) * 8
+        *tensors, *ctx.numbers, out, lse, dout, dlse, ctx.needs_input_grad[3], ctx.backend
+    )
+    return dq, dk, dv, dbias if ctx.needs_input_grad[3] else None, *(None,) * 10
 
 
 def _differentiate_twice(ctx: Any, *grads: torch.Tensor) -> tuple:
@@ -139,6 +141,4 @@ def attention_forward(call: AttentionCall, backend: str) -> tuple[torch.Tensor, 
         if not needs_graph:
             return _backend(call, backend).forward(call)
         run = _Eager.apply
-    return run(
-        *tensors, call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p, backend
-    )
+    return run(*call.arguments(), backend)

@@ -1,9 +1,12 @@
-"""The gradient of a bias (1|B, 1|Hq, Nq, Nk) that batches or heads share.
+"""The gradient of a bias that batches or heads share, (1|B, 1|Hq, Nq, Nk), or buckets, by slots.
 
 A program owns one tile of one (batch, head) of the bias and adds up ds, recomputed, over the
 pairs that share it: one writer an element, a fixed order, nothing of size (B, Hq, Nq, Nk). When
 few tiles would leave the device idle, the pairs are cut into slices, each with its own partial
 sum; the slices are added afterwards.
+
+For a bias by slots, (1, Hq, w, slots), what shares an element are batches and buckets: from bucket
+to bucket the tile moves along the diagonal of the scores.
 """
 
 from __future__ import annotations
@@ -81,11 +84,20 @@ def _attention_backward_dbias_kernel(
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of dbias (slices, bias_batches, bias_heads, Nq, Nk), float32 and contiguous."""
+    """One tile of dbias (slices, *shape of the bias), float32 and contiguous."""
     lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
     hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
-    tiles_n = tl.cdiv(n_keys, BLOCK_N)
-    tiles = tl.cdiv(n_queries, BLOCK_M) * tiles_n
+    n_rows = n_queries
+    n_columns = n_keys
+    n_buckets = 1
+    before = 0
+    if BIAS == "slots":
+        n_rows = stride_bias[4]
+        before = stride_bias[5]
+        n_columns = stride_bias[6]
+        n_buckets = tl.cdiv(n_queries, n_rows)
+    tiles_n = tl.cdiv(n_columns, BLOCK_N)
+    tiles = tl.cdiv(n_rows, BLOCK_M) * tiles_n
     tile = tl.program_id(0) % tiles
     owner = tl.program_id(0) // tiles  # (slice, batch of the bias, head of the bias)
     bias_head = owner % bias_heads
@@ -93,23 +105,33 @@ def _attention_backward_dbias_kernel(
     part = owner // bias_heads // bias_batches
     m0 = tile // tiles_n * BLOCK_M
     n0 = tile % tiles_n * BLOCK_N
-    rows = m0 + tl.arange(0, BLOCK_M)
-    keys = n0 + tl.arange(0, BLOCK_N)
-    lo = bound(rows, lo_stairs, n_keys)[:, None]
-    hi = bound(rows, hi_stairs, n_keys)[:, None]
-    inside = (keys[None, :] >= lo) & (keys[None, :] < hi)  # [BLOCK_M, BLOCK_N]
-    last = tl.minimum(m0 + BLOCK_M, n_queries) - 1
-    begin, _mid_begin, _mid_end, end = key_spans(m0, last, lo_stairs, hi_stairs, n_keys, BLOCK_N)
+    tile_rows = m0 + tl.arange(0, BLOCK_M)  # of the bias
+    tile_columns = n0 + tl.arange(0, BLOCK_N)
 
     shared_heads = n_heads // bias_heads
-    n_pairs = n_batches // bias_batches * shared_heads
-    pair_begin = n_pairs * part // slices
-    pair_end = n_pairs * (part + 1) // slices
-    pair_end = tl.where((n0 >= begin) & (n0 < end), pair_end, pair_begin)  # dead tiles stay zero
+    n_pairs = n_batches // bias_batches * shared_heads * n_buckets
+    pair_begin = (n_pairs.to(tl.int64) * part // slices).to(tl.int32)
+    pair_end = (n_pairs.to(tl.int64) * (part + 1) // slices).to(tl.int32)
+    if BIAS != "slots":
+        last = tl.minimum(m0 + BLOCK_M, n_queries) - 1
+        begin, _mid_begin, _mid_end, end = key_spans(
+            m0, last, lo_stairs, hi_stairs, n_keys, BLOCK_N
+        )
+        pair_end = tl.where((n0 >= begin) & (n0 < end), pair_end, pair_begin)  # dead: stays zero
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    for pair in range(pair_begin, pair_end):
+    for shared in range(pair_begin, pair_end):
+        pair = shared // n_buckets
+        row0 = shared % n_buckets * n_rows  # 0 unless by slots
+        key0 = row0 - before
+        rows = row0 + tile_rows
+        keys = key0 + tile_columns
+        lo = bound(rows, lo_stairs, n_keys)[:, None]
+        hi = bound(rows, hi_stairs, n_keys)[:, None]
+        inside = (keys[None, :] >= lo) & (keys[None, :] < hi)  # [BLOCK_M, BLOCK_N]
+        if BIAS == "slots":
+            keys = tl.where(keys < 0, n_keys, keys)  # as those past the end, not read
         # A shared dimension has one index in the bias, so that index and counter simply add up.
         batch = bias_batch + pair // shared_heads
         head = bias_head + pair % shared_heads
@@ -129,8 +151,8 @@ def _attention_backward_dbias_kernel(
         do = load_rows(do_at, rows, n_queries, stride_dout, 1, DV, BLOCK_DV, True)
         v = load_rows(v_at, keys, n_keys, stride_v, 1, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
         stats = (b * n_heads + h) * n_stats
-        level = tl.load(level_ptr + stats + rows)
-        delta = tl.load(delta_ptr + stats + rows)
+        level = tl.load(level_ptr + stats + rows, mask=rows < n_stats, other=float("inf"))
+        delta = tl.load(delta_ptr + stats + rows, mask=rows < n_stats, other=0.0)
         s, _slope = modified(
             dot(q, tl.trans(k), None, PRECISION), mods, rows[:, None], keys[None, :],
             n_queries, n_keys, 1, BIAS, MASK, PADDING, SOFTCAP, FUSED, NATURAL,
@@ -141,9 +163,11 @@ def _attention_backward_dbias_kernel(
         dp = dot(do, tl.trans(v), None, PRECISION)
         if DROPOUT:
             keep = dropout_keep(
-                seed, rows, head, batch, n0, dropout_threshold, BLOCK_M, BLOCK_N, False
-            )
+                seed, rows, head, batch, key0 + n0, dropout_threshold, BLOCK_M, BLOCK_N, False,
+                BIAS != "slots",
+            )  # fmt: skip
             dp = tl.where(keep, dp * dropout_scale, 0.0)
         acc += p * (dp - delta[:, None])
-    at = (owner.to(tl.int64) * n_queries + rows[:, None]) * n_keys + keys[None, :]
-    tl.store(dbias_ptr + at, acc, mask=(rows < n_queries)[:, None] & (keys < n_keys)[None, :])
+    at = (owner.to(tl.int64) * n_rows + tile_rows[:, None]) * n_columns + tile_columns[None, :]
+    mask = (tile_rows < n_rows)[:, None] & (tile_columns < n_columns)[None, :]
+    tl.store(dbias_ptr + at, acc, mask=mask)

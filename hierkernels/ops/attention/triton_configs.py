@@ -85,18 +85,21 @@ _HALF = {
 }
 
 # What the base table cannot serve without spilling: (device, kernel, channels up to, demand).
-# Demands, in the order in which they are looked up: "pairs" (a full bias or mask, or dropout, holds
-# one more tile of scores), "padded" (channels are not a power of two), "packed" (several heads in a
-# tile), "grouped" (several heads, one after the other).
+# Demands, in the order in which they are looked up: "slots" (a bias by slots, whose addresses take
+# registers), "pairs" (a full bias or mask, or dropout, holds one more tile of scores), "padded"
+# (channels are not a power of two), "packed" (several heads in a tile), "grouped" (several heads,
+# one after the other).
 _SPECIAL = {
     ("sm_80", "forward", 128, "packed"): Config(128, 32, 8, 3, "always"),
     ("sm_80", "dq", 128, "pairs"): Config(64, 32, 8, 2, "split"),
     ("sm_80", "dkv", 64, "pairs"): Config(64, 32, 4, 2, "always"),
     ("sm_80", "dkv", 128, "padded"): Config(64, 64, 8, 1, "always"),
     ("sm_86", "dkv", 128, "padded"): Config(64, 64, 8, 1, "always"),
+    ("sm_90", "forward", 256, "slots"): Config(64, 32, 8, 2, "split"),
+    ("sm_90", "dq", 256, "slots"): Config(64, 32, 8, 2, "split"),
     ("sm_100", "dkv", 128, "grouped"): Config(64, 128, 8, 1, "branch"),
 }
-DEMANDS = ("pairs", "padded", "packed", "grouped")
+DEMANDS = ("slots", "pairs", "padded", "packed", "grouped")
 
 # float32 products run on the ordinary units: smaller tiles. The second stage of dq keeps what is
 # loaded out of registers.

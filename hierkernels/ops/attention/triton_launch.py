@@ -70,7 +70,7 @@ def _bytes(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _pair_form(t: torch.Tensor | None, pack: int) -> str:
-    """How a bias or mask is read: "none", "keys" (one vector for all rows of a tile) or "full"."""
+    """How a bias or mask is read: a form of triton_scores.py, but for "slots"."""
     if t is None:
         return "none"
     return "keys" if t.shape[2] == 1 and (pack == 1 or t.shape[1] == 1) else "full"
@@ -80,6 +80,17 @@ def _pair_strides(t: torch.Tensor | None, call: AttentionCall) -> tuple[int, ...
     if t is None:
         return (0, 0, 0, 0)
     return t.expand(*call.q.shape[:3], call.k.shape[2]).stride()
+
+
+def _bias_form(call: AttentionCall, pack: int) -> str:
+    return "slots" if call.bias_width else _pair_form(call.bias, pack)
+
+
+def _bias_strides(call: AttentionCall) -> tuple[int, ...]:
+    if call.bias is None or not call.bias_width:
+        return _pair_strides(call.bias, call)
+    slots = (call.bias_width, call.bias_before, call.bias.shape[3])
+    return 0, *call.bias.stride()[1:], *slots
 
 
 def _every_kernel(call: AttentionCall, target: Target) -> dict[str, Any]:
@@ -103,14 +114,14 @@ def _long_kernels(call: AttentionCall, target: Target, pack: int) -> dict[str, A
     return {
         **_every_kernel(call, target), "n_heads": call.q.shape[1],
         "bias_ptr": call.bias, "mask_ptr": _bytes(call.mask), "padding_ptr": _bytes(call.padding),
-        "seed_ptr": call.seed, "stride_bias": _pair_strides(call.bias, call),
+        "seed_ptr": call.seed, "stride_bias": _bias_strides(call),
         "stride_mask": _pair_strides(call.mask, call),
         "stride_padding": (0, 0) if call.padding is None else call.padding.stride(),
         "score_scale": call.scale / call.softcap if call.softcap else call.scale * unit,
         "softcap": call.softcap * unit, "NATURAL": natural,
         "dropout_threshold": min(int(call.dropout_p * 2**32), 0xFFFFFFFF),
         "dropout_scale": 1 / (1 - call.dropout_p),
-        "BIAS": _pair_form(call.bias, pack), "MASK": _pair_form(call.mask, pack),
+        "BIAS": _bias_form(call, pack), "MASK": _pair_form(call.mask, pack),
         "PADDING": call.padding is not None, "SOFTCAP": bool(call.softcap),
         "DROPOUT": call.seed is not None,
         # A positive scale alone commutes with the maximum and can wait for the exponent.
@@ -119,10 +130,11 @@ def _long_kernels(call: AttentionCall, target: Target, pack: int) -> dict[str, A
 
 
 def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) -> configs.Config:
-    pairs = (_pair_form(call.bias, pack), _pair_form(call.mask, pack))
+    pairs = {_bias_form(call, pack), _pair_form(call.mask, pack)}
     channels = max(call.q.shape[-1], call.v.shape[-1])
     demands = {
-        "pairs": "full" in pairs or call.seed is not None,
+        "slots": "slots" in pairs,
+        "pairs": bool(pairs & {"full", "slots"}) or call.seed is not None,
         "padded": channels != _padded(channels),
         "packed": pack > 1,
         "grouped": call.group > pack,
@@ -195,6 +207,8 @@ def plan_forward(
 
 def _bias_gradient_form(call: AttentionCall, bias: torch.Tensor) -> str:
     """Which of the schemes of triton_backward.py sums this bias's gradient."""
+    if call.bias_width:
+        return "shared"
     if bias.shape[3] == 1:
         return "lse"
     if bias.shape[2] == 1:
@@ -214,12 +228,13 @@ def _lse_bias_gradient(
 def _shared_bias_launch(
     call: AttentionCall, target: Target, bias: torch.Tensor, arguments: dict[str, Any]
 ) -> tuple[Launch, torch.Tensor]:
-    """The launch for a bias (1|B, 1|Hq, Nq, Nk), and its partial sums."""
-    (B, H, Nq, _), Nk, (Bb, Hb) = call.q.shape, call.k.shape[2], bias.shape[:2]
+    """The launch for a bias (1|B, 1|Hq, Nq, Nk) or (1, Hq, w, slots), and its partial sums."""
+    (B, H, Nq, _), (Bb, Hb, rows, columns) = call.q.shape, bias.shape
     config = _configuration(call, target, "dbias", 1)
-    programs = triton.cdiv(Nq, config.block_m) * triton.cdiv(Nk, config.block_n) * Bb * Hb
-    slices = min(max(1, _BUSY // programs), B // Bb * (H // Hb))
-    partial = torch.empty(slices, Bb, Hb, Nq, Nk, dtype=torch.float32, device=bias.device)
+    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n) * Bb * Hb
+    shares = B // Bb * (H // Hb) * (triton.cdiv(Nq, call.bias_width) if call.bias_width else 1)
+    slices = min(max(1, _BUSY // programs), shares)
+    partial = torch.empty(slices, *bias.shape, dtype=torch.float32, device=bias.device)
     launch = Launch(_attention_backward_dbias_kernel, programs * slices, {
         **arguments, "dbias_ptr": partial, "n_batches": B, "bias_batches": Bb,
         "bias_heads": Hb, "slices": slices, **_tiles(config),

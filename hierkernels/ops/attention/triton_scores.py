@@ -8,7 +8,8 @@ way from lse to base 2 and back. Everything that modifies scores travels as one 
      stride_padding)
 
 whose pointers, after scores_at, stand at the batch and head of the program. A bias or mask
-is "none", "keys" (the same for all rows of the tile: one vector is read) or "full".
+is "none", "keys" (the same for all rows of the tile: one vector is read), "full", or "slots" (a
+bias alone: call.py says how it repeats; stride_bias then goes on with its width, before and slots).
 """
 
 from __future__ import annotations
@@ -63,14 +64,22 @@ def scores_at(
 @triton.jit
 def _load_pairs(ptr, stride, rows, keys, n_rows, n_keys, PACK: tl.constexpr, FORM: tl.constexpr):
     """Elements at (rows, keys), whose shapes broadcast; with FORM "keys" one for each key."""
-    ptrs = ptr + keys.to(tl.int64) * stride[3]
     if FORM == "keys":
-        return tl.load(ptrs, mask=keys < n_keys, other=0)
+        return tl.load(ptr + keys.to(tl.int64) * stride[3], mask=keys < n_keys, other=0)
     else:
-        ptrs += (rows // PACK).to(tl.int64) * stride[2]
+        i = rows // PACK
+        ptrs = ptr + keys.to(tl.int64) * stride[3]
+        if FORM == "slots":
+            row = i % stride[4]
+            first = i - row - stride[5]  # the key of slot 0
+            inside = (keys >= first) & (keys < first + stride[6])
+            ptrs += row.to(tl.int64) * stride[2] - first.to(tl.int64) * stride[3]
+        else:
+            inside = (rows < n_rows) & (keys < n_keys)
+            ptrs += i.to(tl.int64) * stride[2]
         if PACK > 1:
             ptrs += (rows % PACK).to(tl.int64) * stride[1]
-        return tl.load(ptrs, mask=(rows < n_rows) & (keys < n_keys), other=0)
+        return tl.load(ptrs, mask=inside, other=0)
 
 
 @triton.jit

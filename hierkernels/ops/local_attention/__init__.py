@@ -1,0 +1,5 @@
+"""Softmax attention within windows of tokens."""
+
+from hierkernels.ops.local_attention.api import local_attention
+
+__all__ = ["local_attention"]

@@ -1,0 +1,79 @@
+"""hk.local_attention through the compiled CPU kernels, against its own float64 reference."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from hierkernels.native import native, native_error
+from hierkernels.ops.attention.spec import ALL_DTYPES, dtype_name
+from hierkernels.ops.local_attention.spec import CORRECTNESS
+from hierkernels.ops.local_attention.testing import LocalInputs, make_inputs, make_standard
+from hierkernels.testing import (
+    Results,
+    Standard,
+    case_ids,
+    check_accuracy,
+    compute,
+    poisoned_memory,
+)
+
+CORE = native()
+if CORE is None:
+    pytest.skip(f"the compiled core is missing: {native_error()}", allow_module_level=True)
+ISAS: list[str] = CORE.cpu_isas()
+CASES = {case.name: case for case in CORRECTNESS}
+# The bias by slots is the one thing that these kernels do for local attention alone.
+OTHER_LEVELS = (
+    "exact-n65-w16", "both-n37-w5", "bias", "bias-w1", "bias-long", "bias-exact", "bias-g3",
+    "everything",
+)  # fmt: skip
+
+
+@functools.cache
+def _standard(name: str, dtype: torch.dtype) -> tuple[LocalInputs, Standard]:
+    inputs = make_inputs(CASES[name], dtype)
+    return inputs, make_standard(inputs)
+
+
+def _kernels(inputs: LocalInputs, threads: int = 2) -> Results:
+    """Results of the cpu backend in memory that held NaN before."""
+    torch.set_num_threads(threads)
+    with poisoned_memory():
+        assert torch.empty(1).isnan().all(), "the memory is not poisoned"
+        return compute(inputs, "cpu")
+
+
+def _levels() -> Iterator:
+    for isa in ISAS[:-1]:
+        for dtype in ALL_DTYPES:
+            if isa == "avx512" and ISAS[-1] == "amx" and dtype != torch.bfloat16:
+                continue  # the level amx takes these kernels for all other dtypes
+            for name in OTHER_LEVELS:
+                yield pytest.param(
+                    isa, name, dtype, id=f"local_attention-{isa}-{dtype_name(dtype)}-{name}"
+                )
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        pytest.param(case.name, dtype, id=f"local_attention-{ISAS[-1]}-{name}")
+        for name, case, dtype in case_ids(CORRECTNESS, ALL_DTYPES)
+    ],
+)
+def test_accuracy(name: str, dtype: torch.dtype) -> None:
+    inputs, standard = _standard(name, dtype)
+    check_accuracy(inputs, _kernels(inputs), standard)
+
+
+@pytest.mark.parametrize("isa, name, dtype", list(_levels()))
+def test_accuracy_on_other_levels(
+    isa: str, name: str, dtype: torch.dtype, set_isa: Callable[[str], None]
+) -> None:
+    set_isa(isa)
+    inputs, standard = _standard(name, dtype)
+    check_accuracy(inputs, _kernels(inputs), standard)
