@@ -102,3 +102,16 @@ def test_gradients_of_the_reference_where_all_scores_are_huge(number: float) -> 
         [actual[0], *actual[2:]], [out, *torch.autograd.grad(loss, leaves)], strict=True
     ):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [-3e9, -1e20, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_name)
+def test_gradients_stay_finite_where_all_scores_are_huge(dtype: torch.dtype, number: float) -> None:
+    n = 600  # several tiles: the backward then works from the saved lse
+    q, k, v = (torch.randn(1, 1, n, D, dtype=dtype).requires_grad_() for _ in range(3))
+    bias = torch.zeros(n, n)
+    bias[5] = number
+    out = hk.attention(q, k, v, attn_bias=bias)
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() < 2 * n  # no weight is above 1
