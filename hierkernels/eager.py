@@ -9,19 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch._C import (
-    DispatchKeySet,
-    _dispatch_keys,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch._C._functorch import maybe_current_level
-from torch.autograd import _profiler_enabled
+
+try:
+    from torch._C import (
+        DispatchKeySet,
+        _dispatch_keys,
+        _get_tracing_state,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
+    from torch._C._functorch import maybe_current_level
+    from torch.autograd import _profiler_enabled
+
+    _CAN_TELL = True
+except ImportError:  # names that a PyTorch version may drop: then every call goes the long way
+    _CAN_TELL = False
 
 
 def _plain_keys() -> tuple[DispatchKeySet, ...]:
     """The dispatch keys of an ordinary CPU tensor, and of one made in inference mode."""
+    if not _CAN_TELL:
+        return ()
     keys = [_dispatch_keys(torch.empty(0))]
     with torch.inference_mode():
         keys.append(_dispatch_keys(torch.empty(0)))
@@ -38,7 +46,8 @@ def is_unwatched(tensors: Iterable[torch.Tensor | None]) -> bool:
     and all other special ones.
     """
     if (
-        torch.compiler.is_compiling()  # first: a compiler that traces this goes no further
+        not _CAN_TELL
+        or torch.compiler.is_compiling()  # early: a compiler that traces this goes no further
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or maybe_current_level() is not None

@@ -270,8 +270,8 @@ def attention(
         hide a key as attn_mask does. So a query all of whose keys are hidden has out 0, where an
         eager softmax gives NaN for -inf and averages all values for the least number. Every other
         number is an ordinary score, -1e9 and the least float16 too: it hides a key beside visible
-        ones, but a query that has no others averages the values, rounding spoils its gradient,
-        and with numbers beyond -1e9 the kernels may give NaN gradients. Prefer attn_mask.
+        ones, but a query that has no others averages the values, and rounding spoils its gradient
+        (which may be NaN with Triton and numbers beyond -1e9). Prefer attn_mask.
 
     Equivalent to (no window, dropout or softcap):
         p = softmax(q @ k.mT * scale + attn_bias masked to -inf, dim=-1); out = p @ v
