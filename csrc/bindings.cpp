@@ -29,37 +29,43 @@ DType dtype_of(const py::object& dtype) {
   throw py::type_error("unsupported dtype " + std::string(py::str(dtype)));
 }
 
+py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// The integers of a tuple, at most 4; returns how many.
+int integers(const py::object& tuple, int64_t* out) {
+  const Py_ssize_t count = PyTuple_Check(tuple.ptr()) ? PyTuple_GET_SIZE(tuple.ptr()) : 5;
+  if (count > 4) throw py::value_error("at most 4 dimensions");
+  for (Py_ssize_t d = 0; d < count; ++d) {
+    out[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), d));
+    if (out[d] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  return static_cast<int>(count);
+}
+
 Tensor tensor(const py::object& t) {
   Tensor out;
   if (t.is_none()) return out;
-  // Interned names: a call is made of microseconds.
-  static PyObject *const kDataPtr = PyUnicode_InternFromString("data_ptr"), *const kDtype = PyUnicode_InternFromString("dtype"),
-                         *const kShape = PyUnicode_InternFromString("shape"), *const kStride = PyUnicode_InternFromString("stride");
-  const auto call = [&](PyObject* name) {
-    PyObject* result = PyObject_CallMethodNoArgs(t.ptr(), name);
-    if (!result) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(result);
-  };
-  const auto get = [&](PyObject* name) {
-    PyObject* result = PyObject_GetAttr(t.ptr(), name);
-    if (!result) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(result);
-  };
-  out.data = reinterpret_cast<void*>(call(kDataPtr).cast<uintptr_t>());
-  out.dtype = dtype_of(get(kDtype));
-  const py::tuple shape = get(kShape), stride = call(kStride);
-  out.ndim = static_cast<int>(shape.size());
-  if (out.ndim > 4) throw py::value_error("at most 4 dimensions");
-  for (int d = 0; d < out.ndim; ++d) {
-    out.size[d] = shape[d].cast<int64_t>();
-    out.stride[d] = stride[d].cast<int64_t>();
-  }
+  // Interned names, and Python's own functions where pybind11 would look at types first: a call is
+  // made of microseconds.
+  static PyObject* const kDataPtr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const kDtype = PyUnicode_InternFromString("dtype");
+  static PyObject* const kShape = PyUnicode_InternFromString("shape");
+  static PyObject* const kStride = PyUnicode_InternFromString("stride");
+  out.data = PyLong_AsVoidPtr(checked(PyObject_CallMethodNoArgs(t.ptr(), kDataPtr)).ptr());
+  if (!out.data && PyErr_Occurred()) throw py::error_already_set();
+  out.dtype = dtype_of(checked(PyObject_GetAttr(t.ptr(), kDtype)));
+  out.ndim = integers(checked(PyObject_GetAttr(t.ptr(), kShape)), out.size);
+  integers(checked(PyObject_CallMethodNoArgs(t.ptr(), kStride)), out.stride);
   return out;
 }
 
 AttentionParams params(const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
                        const py::object& mask, const py::object& padding, const py::object& seed,
-                       const std::array<int64_t, 10>& r, double scale, double softcap, double dropout_p) {
+                       const std::array<int64_t, 10>& r, double scale, double softcap, double dropout_p,
+                       int64_t bias_width, int64_t bias_before) {
   AttentionParams p;
   p.q = tensor(q);
   p.k = tensor(k);
@@ -71,6 +77,8 @@ AttentionParams params(const py::object& q, const py::object& k, const py::objec
   p.scale = scale;
   p.softcap = softcap;
   p.dropout_p = dropout_p;
+  p.bias_width = bias_width;
+  p.bias_before = bias_before;
   if (!seed.is_none()) p.seed = static_cast<uint64_t>(*tensor(seed).as<int64_t>());
   return p;
 }
@@ -113,12 +121,10 @@ PYBIND11_MODULE(_native, m) {
         [](const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
            const py::object& mask, const py::object& padding, const py::object& seed,
            const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
-           const py::object& out, const py::object& lse, int64_t bias_width, int64_t bias_before) {
-          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p);
+           int64_t bias_width, int64_t bias_before, const py::object& out, const py::object& lse) {
+          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p, bias_width, bias_before);
           p.out = tensor(out);
           p.lse = tensor(lse);
-          p.bias_width = bias_width;
-          p.bias_before = bias_before;
           py::gil_scoped_release release;
           hierkernels::attention_forward(p);
         });
@@ -126,10 +132,9 @@ PYBIND11_MODULE(_native, m) {
         [](const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
            const py::object& mask, const py::object& padding, const py::object& seed,
            const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
-           const py::object& out, const py::object& lse, const py::object& dout, const py::object& dlse,
-           const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dbias,
-           int64_t bias_width, int64_t bias_before) {
-          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p);
+           int64_t bias_width, int64_t bias_before, const py::object& out, const py::object& lse, const py::object& dout, const py::object& dlse,
+           const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dbias) {
+          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p, bias_width, bias_before);
           p.out = tensor(out);
           p.lse = tensor(lse);
           p.dout = tensor(dout);
@@ -138,8 +143,6 @@ PYBIND11_MODULE(_native, m) {
           p.dk = tensor(dk);
           p.dv = tensor(dv);
           p.dbias = tensor(dbias).broadcast();
-          p.bias_width = bias_width;
-          p.bias_before = bias_before;
           py::gil_scoped_release release;
           hierkernels::attention_backward(p);
         });

@@ -1,7 +1,7 @@
 """Fused kernels for hierarchical, local and sparse sequence models."""
 
 from hierkernels.dispatch import BACKENDS, use_backend
-from hierkernels.explanation import explain
+from hierkernels.explain import explain
 from hierkernels.key_range import KeyRange, Staircase
 from hierkernels.ops.attention import attention
 from hierkernels.ops.causal_sgu import causal_sgu

@@ -11,9 +11,8 @@ import functools
 import importlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -50,12 +49,11 @@ def requested_backend(backend: str | None) -> str:
     return check_backend_name(named, "HIERKERNELS_BACKEND") if named else ""
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The chosen backend and why each other one that was asked refused."""
 
     backend: str
-    refusals: dict[str, list[str]] = field(default_factory=dict)
+    refusals: dict[str, list[str]]
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}"]
@@ -89,7 +87,7 @@ def resolve(op: str, problem: Any, backend: str = "") -> Choice:
             raise NotImplementedError(
                 f"{op}: backend {backend!r} does not support this call: " + "; ".join(reasons)
             )
-        return Choice(backend)
+        return Choice(backend, {})
     refusals: dict[str, list[str]] = {}
     for name in AUTO_ORDER.get(problem.device_type, ("reference",)):
         reasons = _reasons(op, name, problem)

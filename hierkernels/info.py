@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hierkernels import dispatch
-from hierkernels.explanation import PROBLEMS, explain
+from hierkernels.explain import PROBLEMS, explain
 from hierkernels.native import native, native_error
 from hierkernels.version import __version__
 
@@ -75,7 +74,7 @@ def _without_paths(text: str) -> str:
     return text.replace(f"{Path(__file__).resolve().parent}", "hierkernels")
 
 
-def _plain_call(op: str, device: str) -> tuple[Any, ...]:
+def _plain_call(op: str, device: str) -> tuple[torch.Tensor | int, ...]:
     """Arguments of the plainest call of an operator."""
     if op == "causal_sgu":
         shapes: tuple[tuple[int, ...], ...] = ((1, 1, 64), (1, 1, 64), (1, 1, 1), (1, 1))

@@ -45,6 +45,9 @@ class Staircase(NamedTuple):
         return (steps * self.rise + self.offset).clamp(min=self.floor).clamp(min=0, max=n_keys)
 
 
+_START = Staircase()  # the first key, for every query
+
+
 class KeyRange(NamedTuple):
     """Query i sees the keys lo(i) <= j < hi(i)."""
 
@@ -54,21 +57,19 @@ class KeyRange(NamedTuple):
     @staticmethod
     def full(n_queries: int, n_keys: int) -> KeyRange:
         """Every query sees every key."""
-        return KeyRange(Staircase(), Staircase(offset=n_keys))
+        return KeyRange(_START, Staircase(0, 1, 0, n_keys))
 
     @staticmethod
     def causal(n_queries: int, n_keys: int) -> KeyRange:
         """Bottom-right aligned: the last query sees the last key."""
-        return KeyRange(Staircase(), Staircase(rise=1, offset=n_keys - n_queries + 1))
+        return KeyRange(_START, Staircase(0, 1, 1, n_keys - n_queries + 1))
 
     @staticmethod
     def window(n_queries: int, n_keys: int, left: int | None, right: int | None) -> KeyRange:
         """`left` keys before, `right` after the (bottom-right aligned) own one; None = no limit."""
         own = n_keys - n_queries
-        lo = Staircase() if left is None else Staircase(rise=1, offset=own - left)
-        hi = (
-            Staircase(offset=n_keys) if right is None else Staircase(rise=1, offset=own + right + 1)
-        )
+        lo = _START if left is None else Staircase(0, 1, 1, own - left)
+        hi = Staircase(0, 1, 0, n_keys) if right is None else Staircase(0, 1, 1, own + right + 1)
         return KeyRange(lo, hi)
 
     @staticmethod
@@ -105,7 +106,7 @@ class KeyRange(NamedTuple):
         With strict=True the end of w must lie before i.
         """
         shift = -first_end - (1 if strict else 0)
-        return KeyRange(Staircase(), Staircase(shift, stride, 1, num_memory + 1, num_memory))
+        return KeyRange(_START, Staircase(shift, stride, 1, num_memory + 1, num_memory))
 
     def canonical(self) -> KeyRange:
         """Both bounds in canonical form."""

@@ -71,7 +71,8 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     the table of sines.
     """
     cos, sin = rotary
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+    turned = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)
 
 
 def token_shift(x: Tensor) -> Tensor:
@@ -298,16 +299,29 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
         self._buffer: Tensor | None = None
+        # Views by first and last token: after a restart they are needed again.
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def append(self, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores ``kv (2, B, H, N, D)``; returns all keys and values, ``(B, H, length, D)``."""
-        if self._buffer is None:
-            two, batch, heads, _, channels = kv.shape
-            self._buffer = kv.new_empty(two, batch, heads, self.capacity, channels)
-        start, self.length = self.length, self.length + kv.shape[3]
-        self._buffer[:, :, :, start : self.length] = kv
-        keys, values = self._buffer[:, :, :, : self.length].unbind(0)
+        """Stores ``kv (B, 2 H, N, D)``, the keys of all heads and then the values.
+
+        Returns all keys and all values, each ``(B, H, length, D)``.
+        """
+        start = self.length
+        self.length += kv.shape[2]
+        views = self._views.get((start, self.length))
+        if views is None:
+            views = self._views[start, self.length] = self._make_views(kv, start)
+        new, keys, values = views
+        new.copy_(kv)
         return keys, values
+
+    def _make_views(self, kv: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        if self._buffer is None:
+            batch, both, _, channels = kv.shape
+            self._buffer = kv.new_empty(batch, both, self.capacity, channels)
+        keys, values = self._buffer[:, :, : self.length].chunk(2, dim=1)
+        return self._buffer[:, :, start : self.length], keys, values
 
 
 def keep_top(logits: Tensor, thres: float) -> Tensor:

@@ -360,7 +360,7 @@ class MEGABYTE(nn.Module):
             generator=generator,
         )
         start = self._empty_sequences(default_batch_size) if prime is None else prime.long()
-        sequence = torch.cat((start, *(rearrange(token, "b -> b 1") for token in tokens)), dim=1)
+        sequence = torch.cat((start, *(token.unsqueeze(1) for token in tokens)), dim=1)
         return sequence if seq_len is not None else sequence.unflatten(1, self.max_seq_len)
 
     def _empty_sequences(self, batch: int) -> Tensor:

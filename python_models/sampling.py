@@ -82,7 +82,6 @@ def chooser(
     return choose
 
 
-@torch.no_grad()
 def draw_tokens(
     model: nn.Module,
     make_reader: Callable[[], Reader],
@@ -98,11 +97,14 @@ def draw_tokens(
     was_training = model.training
     model.eval()
     try:
-        reader = make_reader()
+        with torch.inference_mode():
+            reader = make_reader()
         new = sequence
         for _ in range(count):
-            token = choose(reader.append(new))
+            with torch.inference_mode():
+                token = choose(reader.append(new))
+            token = token.clone()  # an ordinary tensor: the caller may train on it
             yield token
-            new = rearrange(token, "b -> b 1")
+            new = token.unsqueeze(1)
     finally:
         model.train(was_training)

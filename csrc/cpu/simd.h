@@ -115,10 +115,12 @@ HK_INLINE V fma(V a, V b, V c) {
   return a * b + c;
 }
 
-// The rest of the arithmetic that intrinsics do better than the compiler: max(a, b) is b if either is NaN.
+// The rest of the arithmetic that intrinsics do better than the compiler: max(a, b) and min(a, b) are b if either is NaN.
 #if defined(__AVX512F__)
 HK_INLINE VecF max(VecF a, VecF b) { return _mm512_max_ps(a, b); }
 HK_INLINE VecD max(VecD a, VecD b) { return _mm512_max_pd(a, b); }
+HK_INLINE VecF min(VecF a, VecF b) { return _mm512_min_ps(a, b); }
+HK_INLINE VecD min(VecD a, VecD b) { return _mm512_min_pd(a, b); }
 HK_INLINE float reduce_add(VecF v) { return _mm512_reduce_add_ps(v); }
 HK_INLINE double reduce_add(VecD v) { return _mm512_reduce_add_pd(v); }
 HK_INLINE float reduce_max(VecF v) { return _mm512_reduce_max_ps(v); }
@@ -127,13 +129,21 @@ HK_INLINE double reduce_max(VecD v) { return _mm512_reduce_max_pd(v); }
 #if defined(__AVX2__)
 HK_INLINE VecF max(VecF a, VecF b) { return _mm256_max_ps(a, b); }
 HK_INLINE VecD max(VecD a, VecD b) { return _mm256_max_pd(a, b); }
+HK_INLINE VecF min(VecF a, VecF b) { return _mm256_min_ps(a, b); }
+HK_INLINE VecD min(VecD a, VecD b) { return _mm256_min_pd(a, b); }
 #elif defined(__x86_64__)
 HK_INLINE VecF max(VecF a, VecF b) { return _mm_max_ps(a, b); }
 HK_INLINE VecD max(VecD a, VecD b) { return _mm_max_pd(a, b); }
+HK_INLINE VecF min(VecF a, VecF b) { return _mm_min_ps(a, b); }
+HK_INLINE VecD min(VecD a, VecD b) { return _mm_min_pd(a, b); }
 #else
 template <class V>
 HK_INLINE V max(V a, V b) {
   return a > b ? a : b;
+}
+template <class V>
+HK_INLINE V min(V a, V b) {
+  return a < b ? a : b;
 }
 #endif
 template <class F, class V, class Op>

@@ -171,14 +171,10 @@ def test_backward_follows_another_backends_forward(
 ) -> None:
     inputs, standard = _standard(name, dtype)[0], _standard_of_saved(name, dtype)
     call = inputs.call()
-    problem = (
-        call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed,
-        call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p,
-    )  # fmt: skip
     with threads():
-        out, lse = torch.ops.hierkernels.attention_forward(*problem, first)
+        out, lse = torch.ops.hierkernels.attention_forward(*call.arguments(), first)
         dq, dk, dv, dbias = torch.ops.hierkernels.attention_backward(
-            *problem, out, lse, inputs.dout, inputs.dlse, call.bias is not None, second
+            *call.arguments(), out, lse, inputs.dout, inputs.dlse, call.bias is not None, second
         )
     results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     if call.bias is not None:
@@ -455,5 +451,11 @@ def test_refuses_what_it_cannot_do() -> None:
     wide = torch.zeros(1, 1, 2, cpu.MAX_DIM + 1)
     with pytest.raises(NotImplementedError, match=f"head channels above {cpu.MAX_DIM}"):
         hk.attention(wide, wide, wide, backend="cpu")
+    short, huge = torch.zeros(1, 1, 2, 8), torch.zeros(8).expand(1, 1, 2**31, 8)  # no memory
+    for q, kv, what in ((huge, short, "queries"), (short, huge, "keys")):
+        with pytest.raises(NotImplementedError, match=f"{2**31} {what}, at most {cpu.MAX_LENGTH}"):
+            hk.attention(q, kv, kv, backend="cpu")
+    limit = huge[:, :, : cpu.MAX_LENGTH]
+    assert hk.explain("attention", short, limit, limit).backend == "cpu"
     call = make_inputs(CASES["causal-n9"], torch.float32).call()
     assert cpu.supports(call) == [] and reference.supports(call) == []

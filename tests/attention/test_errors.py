@@ -332,7 +332,7 @@ def _call_op(**changes: object) -> Callable[[], object]:
     def call() -> object:
         q = arguments["q"]
         return torch.ops.hierkernels.attention_forward(
-            q, q, q, None, None, None, None, [0, 1, 0, 0, 0, 0, 1, 0, 2, 0], 1.0, 0.0, 0.0,
+            q, q, q, None, None, None, None, [0, 1, 0, 0, 0, 0, 1, 0, 2, 0], 1.0, 0.0, 0.0, 0, 0,
             arguments["backend"],
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import hierkernels as hk
 from hierkernels.native import native
 from hierkernels.ops.attention.spec import CORRECTNESS
-from hierkernels.testing import Inputs, make_inputs
+from hierkernels.testing import make_inputs
 
 # Any backend stands behind the operator; the compiled one where it is there.
 BACKEND = "reference" if native() is None else "cpu"
@@ -49,32 +49,31 @@ OPCHECK = (
 )  # fmt: skip
 
 
-def _problem(inputs: Inputs) -> tuple:
-    call = inputs.call()
-    return (
-        call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed,
-        call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("name", OPCHECK)
 def test_opcheck_forward(name: str) -> None:
     # requires_grad: the autograd formula is checked, through AOT dispatch with dynamic shapes too.
     inputs = make_inputs(CASES[name], torch.float32).requires_grad()
-    torch.library.opcheck(OPS.attention_forward.default, (*_problem(inputs), BACKEND))
+    torch.library.opcheck(OPS.attention_forward.default, (*inputs.call().arguments(), BACKEND))
 
 
 @pytest.mark.parametrize("name", OPCHECK)
 def test_opcheck_backward(name: str) -> None:
     inputs = make_inputs(CASES[name], torch.float32)
-    out, lse = OPS.attention_forward(*_problem(inputs), BACKEND)
-    arguments = (*_problem(inputs), out, lse, inputs.dout, inputs.dlse, inputs.bias is not None)
+    out, lse = OPS.attention_forward(*inputs.call().arguments(), BACKEND)
+    arguments = (
+        *inputs.call().arguments(),
+        out,
+        lse,
+        inputs.dout,
+        inputs.dlse,
+        inputs.bias is not None,
+    )
     torch.library.opcheck(OPS.attention_backward.default, (*arguments, BACKEND))
 
 
 def test_operator_called_directly_is_differentiable() -> None:
     inputs = make_inputs(CASES["bias-hk"], torch.float64).requires_grad()
-    out, lse = OPS.attention_forward(*_problem(inputs), BACKEND)
+    out, lse = OPS.attention_forward(*inputs.call().arguments(), BACKEND)
     expected_out, expected_lse = inputs.run("reference")
     leaves = list(inputs.differentiable().values())
     dout = inputs.dout
@@ -90,7 +89,7 @@ def test_operator_called_directly_is_differentiable() -> None:
 
 def test_masks_and_seeds_have_no_gradient() -> None:
     inputs = make_inputs(CASES["everything"], torch.float32).requires_grad()
-    out, lse = OPS.attention_forward(*_problem(inputs), BACKEND)
+    out, lse = OPS.attention_forward(*inputs.call().arguments(), BACKEND)
     assert out.requires_grad and lse.requires_grad
     next_functions = [f for f, _ in out.grad_fn.next_functions if f is not None]
     assert len(next_functions) == 4  # q, k, v, bias
@@ -158,7 +157,20 @@ def test_saved_memory_is_inputs_outputs_and_lse() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out, lse = OPS.attention_forward(
-            q, k, v, None, None, None, None, [0, 1, 0, 0, 0, 0, 1, 1, 1, 0], 1.0, 0.0, 0.0, BACKEND
+            q,
+            k,
+            v,
+            None,
+            None,
+            None,
+            None,
+            [0, 1, 0, 0, 0, 0, 1, 1, 1, 0],
+            1.0,
+            0.0,
+            0.0,
+            0,
+            0,
+            BACKEND,
         )
     assert sorted(saved) == sorted(t.numel() for t in (q, k, v, out, lse))
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import hierkernels as hk
 from hierkernels.native import native
 from hierkernels.ops.local_attention.spec import CORRECTNESS
-from hierkernels.ops.local_attention.testing import LocalInputs, make_inputs
+from hierkernels.ops.local_attention.testing import make_inputs
 
 OPS = torch.ops.hierkernels
 BACKEND = "reference" if native() is None else "cpu"
@@ -70,25 +70,15 @@ def _assert_same(actual: tuple, expected: tuple) -> None:
         torch.testing.assert_close(a, e)
 
 
-def _problem(inputs: LocalInputs) -> tuple:
-    call = inputs.call()
-    return (
-        call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed,
-        call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("name", ["bias", "bias-own-w1", "everything"])
 def test_opcheck(name: str) -> None:
-    """The operators with a bias by slots; bias-own-w1 has bias_before 0, a trailing default."""
-    inputs = make_inputs(CASES[name], torch.float32).requires_grad()
-    call = inputs.call()
-    slots = (call.bias_width, call.bias_before)
-    forward = (*_problem(inputs), BACKEND, *slots)
-    torch.library.opcheck(OPS.attention_forward.default, forward)
+    """The operators with a bias by slots."""
+    arguments = make_inputs(CASES[name], torch.float32).requires_grad().call().arguments()
+    torch.library.opcheck(OPS.attention_forward.default, (*arguments, BACKEND))
     inputs = make_inputs(CASES[name], torch.float32)
-    out, lse = OPS.attention_forward(*_problem(inputs), BACKEND, *slots)
-    backward = (*_problem(inputs), out, lse, inputs.dout, inputs.dlse, True, BACKEND, *slots)
+    arguments = inputs.call().arguments()
+    out, lse = OPS.attention_forward(*arguments, BACKEND)
+    backward = (*arguments, out, lse, inputs.dout, inputs.dlse, True, BACKEND)
     torch.library.opcheck(OPS.attention_backward.default, backward)
 
 

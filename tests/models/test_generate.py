@@ -11,6 +11,7 @@ import torch
 import hierkernels as hk
 from python_models import MEGABYTE, megabyte, megabyte_decoder
 from python_models.megabyte_decoder import Decoder
+from python_models.registry import MODELS
 
 SMALL = {"num_tokens": 16, "dim_head": 8, "heads": 2}
 CASES = {
@@ -192,35 +193,47 @@ def test_a_token_is_one_position_of_the_finest_stage(monkeypatch: pytest.MonkeyP
     assert queries == expected
 
 
+def test_tokens_are_ordinary_tensors() -> None:
+    """Not of inference mode: they can be trained on."""
+    model = make(CASES["two"])
+    for settings in ({"temperature": 0}, {"temperature": 1.0}):
+        tokens = model.generate(**settings)
+        assert not tokens.is_inference()
+        assert not next(model.generate_tokens(**settings)).is_inference()
+        model(tokens, return_loss=True).backward()
+
+
+DEFAULT = MODELS["megabyte"]
+TIMED = {
+    "default": DEFAULT.options,
+    "larger": {**DEFAULT.options, "dim": (384, 256), "depth": (4, 2)},
+}
+
+
 @pytest.mark.slow
-def test_ten_times_faster_than_recomputing() -> None:
+@pytest.mark.parametrize("name", TIMED)
+def test_ten_times_faster_than_recomputing(name: str) -> None:
     """512 tokens on one core, in processor time so that a busy machine does not matter.
 
     The cost of recomputing is the sum over lengths of one forward pass, which grows linearly but
-    for steps of a patch: seven lengths stand for 512.
+    for steps of a patch: eight lengths stand for 512.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = MEGABYTE(
-            num_tokens=257,
-            pad_id=256,
-            dim=(384, 256),
-            depth=(4, 2),
-            max_seq_len=(64, 8),
-            heads=4,
-            rel_pos=True,
-        ).eval()
-        model.generate(seq_len=64)
-        began = time.process_time()
-        model.generate(temperature=0)
-        cached = time.process_time() - began
+        model = DEFAULT.make(TIMED[name]).eval()
         ids = torch.randint(256, (1, 512))
-        began = time.process_time()
-        with torch.no_grad():
-            for length in range(32, 512, 64):
-                model(ids[:, :length])
-        recomputed = (time.process_time() - began) * 512 / 8
+        model.generate(seq_len=64)
+        cached, recomputed = [], []
+        for _ in range(2):  # the better of two: what else runs here slows either
+            began = time.process_time()
+            model.generate(temperature=0)
+            cached.append(time.process_time() - began)
+            began = time.process_time()
+            with torch.no_grad():
+                for length in range(32, 512, 64):
+                    model(ids[:, :length])
+            recomputed.append((time.process_time() - began) * 512 / 8)
     finally:
         torch.set_num_threads(threads)
-    assert recomputed > 10 * cached, f"{recomputed:.2f} s against {cached:.2f} s"
+    assert min(recomputed) > 10 * min(cached), f"{recomputed} s against {cached} s"

@@ -21,8 +21,8 @@ class Backward {
   Backward(const AttentionParams& p, const Storage<F>& storage)
       : p_(p),
         storage_(storage),
-        shape_(p),
-        blocks_{p.n_queries() * p.group(), tile_rows(p)},
+        shape_(p, backward_rows(p), kTileKeys),
+        blocks_{p.n_queries() * p.group(), backward_rows(p)},
         key_tiles_(p.n_keys() <= kTileKeys ? 1 : (p.n_keys() + kTileKeys - 1) / kTileKeys),
         whole_(key_tiles_ == 1) {
     const Rows q = rows_of(p.q, storage, 0, 0, p.group()), dout = rows_of(p.dout, storage, 0, 0, p.group());
@@ -52,7 +52,7 @@ class Backward {
     keep_at_ = part(kTileKeys);
     largest_at_ = part(kTileRows);
     slope_at_ = part(p.softcap ? shape_.rows * shape_.stride : 0);
-    additive_at_ = part(TileModifiers<F>::additive_rows(p) * kTileKeys);
+    additive_at_ = part(TileModifiers<F>::additive_rows(p) * kMostTileKeys);
     dq_at_ = part(plan_.splits > 1 ? 0 : dq_size());
   }
 

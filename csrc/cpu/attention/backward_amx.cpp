@@ -315,7 +315,7 @@ struct Task {
           if (f.modifiers.additive)
             x = _mm512_add_ps(x, f.key_only ? _mm512_set1_ps(m.add[j + r])
                                             : _mm512_load_ps(m.add + (j + r) * kScoreStride + lane0 + 16 * half));
-          x = exp2_bf16(_mm512_sub_ps(x, lse));
+          x = exp2_bf16(_mm512_min_ps(_mm512_setzero_ps(), _mm512_sub_ps(x, lse)));  // rounding of huge scores
           if (f.modifiers.dropout) {
             keep = _mm512_load_ps(m.keep + (j + r) * kScoreStride + lane0 + 16 * half);
             dp = _mm512_mul_ps(dp, keep);

@@ -15,7 +15,7 @@ template <class F>
 class Forward {
  public:
   Forward(const AttentionParams& p, const Storage<F>& storage)
-      : p_(p), storage_(storage), shape_(p), blocks_{p.n_queries() * p.group(), tile_rows(p)} {
+      : p_(p), storage_(storage), shape_(p, forward_rows(p), kMostTileKeys), blocks_{p.n_queries() * p.group(), forward_rows(p)} {
     const Rows q = rows_of(p.q, storage, 0, 0, p.group());
     q_in_place_ = storage.native && q.uniform_stride(p.n_queries()) != 0;
     v_in_place_ = storage.native && shape_.dim_v == shape_.padded_v;
@@ -30,8 +30,8 @@ class Forward {
     v_at_ = part(v_in_place_ ? 0 : keys * shape_.padded_v);
     q_at_ = part(q_in_place_ ? 0 : shape_.rows * shape_.padded);
     rows_at_ = part(5 * kTileRows);
-    keep_at_ = part(kTileKeys);
-    additive_at_ = part(TileModifiers<F>::additive_rows(p) * kTileKeys);
+    keep_at_ = part(kMostTileKeys);
+    additive_at_ = part(TileModifiers<F>::additive_rows(p) * kMostTileKeys);
   }
 
   void run() {
@@ -93,11 +93,13 @@ class Forward {
     }
 
     w.next.aim(p_, {&p_.k, &p_.q, &p_.v}, b, kv_head);
-    const bool direct = out_in_place_ && tile.keys_end > tile.keys_begin && tile.keys_end - tile.keys_begin <= kTileKeys;
+    const int64_t all_keys = tile.keys_end - tile.keys_begin;
+    const int most_keys = all_keys <= kMostTileKeys ? kMostTileKeys : kTileKeys;
+    const bool direct = out_in_place_ && all_keys > 0 && all_keys <= kMostTileKeys;
     Update update = Update::kStore;
-    for (int64_t key = tile.keys_begin; key < tile.keys_end; key += kTileKeys) {
+    for (int64_t key = tile.keys_begin; key < tile.keys_end; key += most_keys) {
       const int64_t left = tile.keys_end - key;
-      const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
+      const int keys = left < most_keys ? static_cast<int>(left) : most_keys;
       tile.set_keys(key, keys);
       w.modifiers.set_tile(b, kv_head, tile);
       storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k, shape_.panel);

@@ -463,13 +463,17 @@ void attention_forward(const AttentionParams& p) {
   advise_huge_pages(p.out.data, p.out.span_bytes());
   const int64_t heads = f.B * f.Hkv;
   const int64_t k_size = f.padded_keys() * f.steps * 32, v_size = f.padded_keys() * f.v_steps * 32;
-  // Heads are packed in waves that fit a buffer.
+  // Where it shares the work evenly, each thread packs the heads that it computes: they are still in its caches then,
+  // and no thread waits. Else all threads pack, in waves that fit a buffer.
+  const int64_t threads = omp_get_max_threads();
+  const bool own = f.share && (heads % threads == 0 || heads >= 8 * threads);
   int64_t wave = heads;
   char* packs = nullptr;
   if (f.share) {
     const int64_t bytes = 2 * (k_size + v_size);
     wave = kSharedPackBytes / (bytes > 0 ? bytes : 1);
     wave = wave < 1 ? 1 : wave > heads ? heads : wave;
+    if (own) wave = threads;
     packs = thread_scratch(ScratchUse::kShared, wave * bytes);
   }
   bf16* const k_packs = reinterpret_cast<bf16*>(packs);
@@ -483,6 +487,16 @@ void attention_forward(const AttentionParams& p) {
       for (int64_t head = 0; head < heads; ++head)
         Task(f, buffers, head / f.Hkv, head % f.Hkv, 0).run(nullptr, nullptr);
       _mm_sfence();  // streamed stores become visible to the thread that goes on
+    } else if (own) {
+      bf16* const k_pack = k_packs + omp_get_thread_num() * k_size;
+      bf16* const v_pack = v_packs + omp_get_thread_num() * v_size;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t head = 0; head < heads; ++head) {
+        for (int64_t j0 = 0; j0 < f.Nk; j0 += 32)
+          f.pack_keys(head / f.Hkv, head % f.Hkv, j0, k_pack + j0 * f.steps * 32, v_pack + j0 * f.v_steps * 32);
+        for (int64_t block = f.blocks - 1; block >= 0; --block)
+          Task(f, buffers, head / f.Hkv, head % f.Hkv, block).run(k_pack, v_pack);
+      }
     } else {
       for (int64_t first = 0; first < heads; first += wave) {
         const int64_t n = heads - first < wave ? heads - first : wave, chunks = (f.Nk + 31) / 32;

@@ -100,7 +100,8 @@ void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, cons
     } else {
       const Vec<F> lse = set1(rows.lse[r]), low = set1(rows.lse_low[r]), delta = set1(rows.delta[r]);
       for (int j = begin; j < end; j += W) {
-        const Vec<F> p = exp2(load(scores + j) - lse - low), ds = p * (load(dp + j) - delta);
+        // No P is above 1, but scores so large that rounding hides their differences could say so.
+        const Vec<F> p = exp2(min(zero<F>(), load(scores + j) - lse - low)), ds = p * (load(dp + j) - delta);
         store(scores + j, p);
         store(dp + j, plain ? ds * scale : ds);
       }

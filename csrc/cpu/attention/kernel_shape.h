@@ -13,8 +13,11 @@ namespace {
 // Channels above which tiles have half the rows.
 constexpr int kWideChannels = 256;
 
-inline int tile_rows(const AttentionParams& p) {
+inline int forward_rows(const AttentionParams& p) {
   return p.dim() > kWideChannels || p.dim_v() > kWideChannels ? kTileRows / 2 : kTileRows;
+}
+inline int backward_rows(const AttentionParams& p) {
+  return forward_rows(p) < kBackwardRows ? forward_rows(p) : kBackwardRows;
 }
 
 // Tasks a thread takes at once: few if they are long and may differ, many if there are many.
@@ -46,16 +49,16 @@ struct KernelShape {
   int64_t rows;                      // of a tile at most
   int64_t stride;                    // of rows of scores
 
-  explicit KernelShape(const AttentionParams& p) {
+  KernelShape(const AttentionParams& p, int most_rows, int most_keys) {
     constexpr int W = kWidth<F>;
     dim = static_cast<int>(p.dim());
     dim_v = static_cast<int>(p.dim_v());
     padded = round_up(dim, W);
     padded_v = round_up(dim_v, W);
     const int64_t n_keys = p.n_keys() < 1 ? 1 : p.n_keys(), n_rows = p.n_queries() * p.group();
-    keys = n_keys < kTileKeys ? round_up(n_keys, W) : kTileKeys;
+    keys = n_keys < most_keys ? round_up(n_keys, W) : most_keys;
     panel = keys < kPanel<F> ? keys : kPanel<F>;
-    rows = n_rows < tile_rows(p) ? n_rows : tile_rows(p);
+    rows = n_rows < most_rows ? n_rows : most_rows;
     stride = keys + W;  // off the powers of two
   }
 };

@@ -15,6 +15,9 @@ struct Lines {
   int64_t step;
 };
 
+// The same line again and again, one that is in the caches.
+HK_INLINE Lines nothing_to_ask(const void* cached) { return {static_cast<const char*>(cached), 0}; }
+
 class NextInputs {
  public:
   // Aims at the rows of `inputs` that belong to the (batch, kv head) after this one; at nothing behind the last, and
@@ -42,7 +45,7 @@ class NextInputs {
 
   // What a loop of so many turns should ask for, a line each; `otherwise`, which is in the caches, if nothing is left.
   HK_INLINE Lines take(int64_t turns, const void* otherwise) {
-    if (part_ == n_parts_) return {static_cast<const char*>(otherwise), 0};
+    if (part_ == n_parts_) return nothing_to_ask(otherwise);
     const Part& part = parts_[part_];
     const Lines next = {part.data + head_ * part.head_step + column_ * kLine + row_ * part.row_step, part.row_step};
     row_ += turns;

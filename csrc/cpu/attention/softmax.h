@@ -52,7 +52,7 @@ class TileModifiers {
         shared_(modifiers_.additive && modifiers_.same_for_queries),
         group_(p.group()) {}
 
-  // How many rows of kTileKeys the additive rows take.
+  // How many rows of kMostTileKeys the additive rows take.
   static int64_t additive_rows(const AttentionParams& p) {
     const ScoreModifiers m = ScoreModifiers::from(p);
     return m.same_for_queries && !m.same_for_heads ? p.group() : 1;
@@ -68,7 +68,7 @@ class TileModifiers {
     if (!shared_) return;
     const int64_t heads = modifiers_.same_for_heads ? 1 : group_;
     for (int64_t g = 0; g < heads; ++g)
-      modifiers_.additive_row(b, first_head_ + g, 0, tile.key, tile.n_keys, rows_ + g * kTileKeys);
+      modifiers_.additive_row(b, first_head_ + g, 0, tile.key, tile.n_keys, rows_ + g * kMostTileKeys);
   }
 
   // scores[begin, end) of row r: soft cap and additive row. `begin` and `end` are multiples of a vector; beyond the
@@ -85,7 +85,7 @@ class TileModifiers {
     if (!modifiers_.additive) return;
     const F* row = rows_;
     if (shared_) {
-      if (!modifiers_.same_for_heads) row += static_cast<int64_t>(tile.head[r]) * kTileKeys;
+      if (!modifiers_.same_for_heads) row += static_cast<int64_t>(tile.head[r]) * kMostTileKeys;
     } else {
       const int n = (end < tile.n_keys ? end : tile.n_keys) - begin;
       modifiers_.additive_row(batch_, first_head_ + tile.head[r], tile.query[r], tile.key + begin, n, rows_ + begin);

@@ -16,6 +16,10 @@ constexpr int kTileRows = 192, kTileKeys = 192;
 #else
 constexpr int kTileRows = 96, kTileKeys = 128;
 #endif
+// The forward takes all keys of a block of rows at once if they are not more than these: then nothing is rescaled.
+constexpr int kMostTileKeys = 2 * kTileKeys;
+// Rows of a tile in the backward: two operands of the products over rows then fit the first-level cache.
+constexpr int kBackwardRows = 128;
 constexpr int kKeyAlignment = 64;
 static_assert(kTileKeys % kKeyAlignment == 0);
 

@@ -62,7 +62,7 @@ struct SimdEngine {
   static HK_INLINE void multiply(int64_t rows, const F* panel, const F* strip, int64_t terms, F* c, int64_t c_stride,
                                  Update update) {
     HK_ISA::multiply<F, true>(static_cast<int>(rows), kVectors,
-                              {panel, kPanel, strip, kStrip, terms, c, c_stride, update, nullptr});
+                              {panel, kPanel, strip, kStrip, terms, {c, c_stride, update}, nothing_to_ask(strip)});
   }
 
   // Rows row .. row + rows of strips as panels, terms first .. first + count.

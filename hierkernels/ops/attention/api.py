@@ -19,7 +19,8 @@ _UNLIMITED = 2**62  # a window this wide has no end: beyond it, bounds would ove
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int, int]:
+    """Returns the shape of the scores, (B, Hq, Nq, Nk)."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
@@ -28,30 +29,31 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
                 f"{name} must have 4 dimensions (batch, heads, tokens, channels), "
                 f"got shape {tuple(t.shape)}"
             )
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
-        if t.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q ({q.dtype}), got {t.dtype}")
-        if t.device != q.device:
-            raise ValueError(f"{name} must be on the device of q ({q.device}), got {t.device}")
-        if t.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{name} must have the batch size of q ({q.shape[0]}), got {t.shape[0]}"
-            )
-        if t.shape[3] == 0:
-            raise ValueError(f"{name} must have at least one channel, got shape {tuple(t.shape)}")
-    if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k must have the channels of q ({q.shape[3]}), got {k.shape[3]}")
-    if v.shape[1:3] != k.shape[1:3]:
+    # Each attribute of a tensor is read once: a small call is made of microseconds.
+    dtype, device = q.dtype, q.device
+    (B, Hq, Nq, D), (Bk, Hkv, Nk, Dk), (Bv, Hv, Nv, Dv) = q.shape, k.shape, v.shape
+    if dtype not in FLOATS:
+        raise TypeError(f"q must be float32, bfloat16, float16 or float64, got {dtype}")
+    for name, t, batch in (("k", k, Bk), ("v", v, Bv)):
+        if t.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of q ({dtype}), got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on the device of q ({device}), got {t.device}")
+        if batch != B:
+            raise ValueError(f"{name} must have the batch size of q ({B}), got {batch}")
+    if D == 0:
+        raise ValueError(f"q must have at least one channel, got shape {tuple(q.shape)}")
+    if Dk != D:
+        raise ValueError(f"k must have the channels of q ({D}), got {Dk}")
+    if Dv == 0:
+        raise ValueError(f"v must have at least one channel, got shape {tuple(v.shape)}")
+    if Hv != Hkv or Nv != Nk:
+        raise ValueError(f"v must have the heads and tokens of k {(Hkv, Nk)}, got {(Hv, Nv)}")
+    if Hkv == 0 or Hq % Hkv:
         raise ValueError(
-            f"v must have the heads and tokens of k {tuple(k.shape[1:3])}, "
-            f"got {tuple(v.shape[1:3])}"
+            f"q must have a multiple of the heads of k and v, got {Hq} heads for {Hkv}"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q must have a multiple of the heads of k and v, "
-            f"got {q.shape[1]} heads for {k.shape[1]}"
-        )
+    return B, Hq, Nq, Nk
 
 
 def _check_broadcast(
@@ -62,14 +64,15 @@ def _check_broadcast(
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.device != device:
         raise ValueError(f"{name} must be on the device of q ({device}), got {t.device}")
-    if t.ndim > 4 or any(
-        size not in (1, want) for size, want in zip(reversed(t.shape), reversed(full), strict=False)
+    shape = tuple(t.shape)
+    missing = 4 - len(shape)
+    if missing < 0 or any(
+        [size not in (1, want) for size, want in zip(shape, full[missing:], strict=True)]
     ):
         raise ValueError(
-            f"{name} must broadcast to (batch, heads, queries, keys) = {full}, "
-            f"got shape {tuple(t.shape)}"
+            f"{name} must broadcast to (batch, heads, queries, keys) = {full}, got shape {shape}"
         )
-    return t.reshape((1,) * (4 - t.ndim) + tuple(t.shape))
+    return t.reshape((1,) * missing + shape) if missing else t
 
 
 def _check_window(window_size: Any) -> tuple[int | None, int | None]:
@@ -129,11 +132,11 @@ def make_call(
     key_range: KeyRange | None = None,
 ) -> AttentionCall:
     """Checks the arguments of hk.attention and returns them in canonical form."""
-    _check_qkv(q, k, v)
-    (B, H, Nq, D), Nk = q.shape, k.shape[2]
-    full = (B, H, Nq, Nk)
+    B, _, Nq, Nk = full = _check_qkv(q, k, v)
     left, right = _check_window(window_size)
-    if key_range is None:
+    if key_range is not None:
+        key_range = key_range.canonical()
+    else:  # these are canonical
         if is_causal:
             right = 0
         key_range = (
@@ -180,7 +183,7 @@ def make_call(
         if not 0.0 < softcap < math.inf:
             raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if scale is None:
-        scale = D**-0.5
+        scale = q.shape[-1] ** -0.5
     else:
         _check_number("scale", scale)
         if not -math.inf < scale < math.inf:
@@ -188,7 +191,7 @@ def make_call(
     return AttentionCall(
         unit_stride(q), unit_stride(k), unit_stride(v), attn_bias, attn_mask, key_padding_mask,
         dropout_seed if dropout_p else None,
-        key_range.canonical(), scale, softcap or 0.0, dropout_p,
+        key_range, scale, softcap or 0.0, dropout_p,
     )  # fmt: skip
 
 
@@ -197,20 +200,19 @@ def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.T
     name = dispatch.requested_backend(backend)
     if name == "reference":  # plain PyTorch operations: differentiable any number of times
         return reference.attention(call)
-    return torch.ops.hierkernels.attention_forward.default(
-        call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed,
-        call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p, name,
-        call.bias_width, call.bias_before,
-    )  # fmt: skip
+    return schema.attention_forward(call, name)
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """q, k, v in the dtype that autocast asks for; what it does not cast is left to the checks."""
+    q = tensors[0]
+    if not isinstance(q, torch.Tensor):
+        return tensors
+    kind = "cpu" if q.is_cpu else q.device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
     low = (torch.float32, torch.bfloat16, torch.float16)
     if not all(isinstance(t, torch.Tensor) and t.dtype in low for t in tensors):
-        return tensors
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) for t in tensors)
@@ -243,7 +245,8 @@ def attention(
         window_size: (left, right): the keys from `left` before to `right` after that position, both
             inclusive; None on a side = unlimited. With is_causal, right is 0.
         attn_bias: float, broadcastable to (B, Hq, Nq, Nk), added to the scaled scores;
-            differentiable, its gradient is summed over the broadcast dimensions.
+            differentiable, its gradient is summed over the broadcast dimensions. For masks made
+            of numbers see below.
         attn_mask: bool, broadcastable to (B, Hq, Nq, Nk), True = may attend.
         key_padding_mask: bool (B, Nk), True = real token.
         dropout_p: probability, in [0, 1), that an attention weight is dropped.
@@ -262,6 +265,14 @@ def attention(
         ValueError, TypeError: an argument has the wrong shape, value, dtype or device.
         NotImplementedError: the backend asked for does not support the call; lists the reasons.
 
+    Masks made of numbers:
+        -inf and the torch.finfo(...).min of float32 or bfloat16 (for float64 inputs: of float64)
+        hide a key as attn_mask does. So a query all of whose keys are hidden has out 0, where an
+        eager softmax gives NaN for -inf and averages all values for the least number. Every other
+        number is an ordinary score, -1e9 and the least float16 too: it hides a key beside visible
+        ones, but a query that has no others averages the values, and rounding spoils its gradient
+        (which may be NaN with Triton and numbers beyond -1e9). Prefer attn_mask.
+
     Equivalent to (no window, dropout or softcap):
         p = softmax(q @ k.mT * scale + attn_bias masked to -inf, dim=-1); out = p @ v
 
@@ -275,3 +286,10 @@ def attention(
     )  # fmt: skip
     out, lse = run(call, backend)
     return (out, lse) if return_lse else out
+
+
+def problem(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False, **options: Any
+) -> AttentionCall:
+    """The canonical form of a call, as hk.attention makes it."""
+    return make_call(*autocast(q, k, v), **options)

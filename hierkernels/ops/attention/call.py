@@ -11,13 +11,14 @@ from hierkernels.key_range import KeyRange
 
 def unit_stride(t: torch.Tensor) -> torch.Tensor:
     """t, copied if its channels are not next to one another."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return t if t.stride()[-1] == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _new_like(t: torch.Tensor, channels: int) -> torch.Tensor:
     """Uninitialised, with t's order of heads and tokens in memory and the last stride 1."""
     B, H, N, _ = t.shape
-    if t.stride(1) < t.stride(2):
+    stride = t.stride()
+    if stride[1] < stride[2]:
         return t.new_empty(B, N, H, channels).transpose(1, 2)
     return t.new_empty(B, H, N, channels)
 
@@ -42,9 +43,17 @@ class AttentionCall:
     bias_width: int = 0
     bias_before: int = 0
 
+    def arguments(self) -> tuple:
+        """Everything, in the order of the operators and of the compiled core."""
+        return (
+            self.q, self.k, self.v, self.bias, self.mask, self.padding, self.seed,
+            self.key_range.to_ints(), self.scale, self.softcap, self.dropout_p,
+            self.bias_width, self.bias_before,
+        )  # fmt: skip
+
     @property
     def device_type(self) -> str:
-        return self.q.device.type
+        return "cpu" if self.q.is_cpu else self.q.device.type  # is_cpu is a tenth of the time
 
     @property
     def lse_dtype(self) -> torch.dtype:
@@ -57,8 +66,12 @@ class AttentionCall:
 
     def new_outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Uninitialised (out, lse); out takes over q's order of heads and tokens in memory."""
-        lse = self.q.new_empty(self.q.shape[:3], dtype=self.lse_dtype)
-        return _new_like(self.q, self.v.shape[-1]), lse
+        q = self.q
+        B, H, N, _ = q.shape
+        dtype = self.lse_dtype
+        # To name the dtype costs half as much as the allocation.
+        lse = q.new_empty(B, H, N) if q.dtype == dtype else q.new_empty((B, H, N), dtype=dtype)
+        return _new_like(q, self.v.shape[-1]), lse
 
     def new_gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Uninitialised (dq, dk, dv), in the memory order of q, k and v, last stride 1."""

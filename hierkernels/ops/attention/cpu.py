@@ -9,33 +9,31 @@ from hierkernels.ops.attention.call import AttentionCall
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DIM = 512
+MAX_LENGTH = 2**31 - 2**16  # positions are 32-bit integers, up to a tile beyond the last
 
 
 def supports(call: AttentionCall) -> list[str]:
     """Why the CPU kernels cannot compute this call; empty if they can."""
     reasons = []
-    if call.device_type != "cpu":
+    if not call.q.is_cpu:
         reasons.append(f"q is on a {call.device_type} device, the cpu backend needs CPU tensors")
     if native() is None:
         reasons.append(f"the compiled kernels are missing: {native_error()}")
     if call.q.dtype not in _DTYPES:
         reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16, float64")
-    if max(call.q.shape[-1], call.v.shape[-1]) > MAX_DIM:
+    (_, _, Nq, D), (_, _, Nk, Dv) = call.q.shape, call.v.shape
+    if D > MAX_DIM or Dv > MAX_DIM:
         reasons.append(f"head channels above {MAX_DIM}")
+    for n, name in ((Nq, "queries"), (Nk, "keys")):
+        if n > MAX_LENGTH:
+            reasons.append(f"{n} {name}, at most {MAX_LENGTH} are supported")
     return reasons
-
-
-def _problem(call: AttentionCall) -> tuple:
-    return (
-        call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed,
-        call.key_range.to_ints(), call.scale, call.softcap, call.dropout_p,
-    )  # fmt: skip
 
 
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse)."""
     out, lse = call.new_outputs()
-    native().attention_forward(*_problem(call), out, lse, call.bias_width, call.bias_before)
+    native().attention_forward(*call.arguments(), out, lse)
     return out, lse
 
 
@@ -54,7 +52,5 @@ def backward(
         assert call.bias is not None
         dbias = torch.empty(call.bias.shape, dtype=call.lse_dtype)
     dlse = dlse.to(call.lse_dtype).contiguous() if dlse is not None else None
-    native().attention_backward(
-        *_problem(call), out, lse, dout, dlse, dq, dk, dv, dbias, call.bias_width, call.bias_before
-    )
+    native().attention_backward(*call.arguments(), out, lse, dout, dlse, dq, dk, dv, dbias)
     return dq, dk, dv, dbias

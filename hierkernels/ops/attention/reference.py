@@ -100,9 +100,10 @@ def _scores(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     if call.padding is not None:
         visible = visible & call.padding[:, None, None, :]
     biased = biased.to(call.lse_dtype)
-    # A bias of -inf hides a key as a mask does: logsumexp alone would give a row of them a NaN
-    # gradient.
-    return scores, biased.masked_fill(~visible | (biased == float("-inf")), float("-inf"))
+    # A bias of -inf or of the least number hides a key as a mask does. (logsumexp alone would give
+    # a row of -inf a NaN gradient.)
+    hidden = ~visible | (biased < 0.9 * torch.finfo(call.lse_dtype).min)
+    return scores, biased.masked_fill(hidden, float("-inf"))
 
 
 def _probabilities(biased: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -112,13 +113,18 @@ def _probabilities(biased: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
 def attention(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse), by the definition."""
     _, biased = _scores(call)
-    lse = torch.logsumexp(biased, -1)
-    p = _probabilities(biased, lse)
+    # In two parts where all scores are huge: a float32 of -1e9 has no digits left for the logarithm
+    # of the number of keys.
+    large = torch.logsumexp(biased.detach(), -1)
+    large = large.masked_fill((large.abs() < 2**16) | large.isinf(), 0.0)
+    biased = biased - large[..., None]
+    small = torch.logsumexp(biased, -1)
+    p = _probabilities(biased, small)
     if call.dropout_p:
         p = p * dropout_keep(call) / (1 - call.dropout_p)
     p = rearrange(p.to(call.v.dtype), "b (h g) i j -> b h g i j", h=call.k.shape[1])
     out = torch.einsum("bhgij,bhjd->bhgid", p, call.v)
-    return rearrange(out, "b h g n d -> b (h g) n d"), lse
+    return rearrange(out, "b h g n d -> b (h g) n d"), large + small
 
 
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from hierkernels import dispatch
+from hierkernels.eager import is_unwatched
 from hierkernels.key_range import KeyRange
 from hierkernels.library import LIBRARY
 from hierkernels.ops.attention.call import AttentionCall, unit_stride
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? padding, Tensor? seed, "
-    "SymInt[] key_range, float scale, float softcap, float dropout_p"
+    "SymInt[] key_range, float scale, float softcap, float dropout_p, "
+    "SymInt bias_width, SymInt bias_before"
 )
-_SLOTS = "SymInt bias_width=0, SymInt bias_before=0"
-LIBRARY.define(f"attention_forward({_CALL}, str backend, {_SLOTS}) -> (Tensor out, Tensor lse)")
+_ARGUMENTS = 13  # of _CALL
+LIBRARY.define(f"attention_forward({_CALL}, str backend) -> (Tensor out, Tensor lse)")
 LIBRARY.define(
     f"attention_backward({_CALL}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
-    f"bool bias_grad, str backend, {_SLOTS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
+    "bool bias_grad, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
 )
 
 
-def _call(args: tuple, slots: tuple) -> AttentionCall:
-    q, k, v, bias, mask, padding, seed, ints, scale, softcap, dropout_p = args
-    key_range = KeyRange.from_ints(ints)
-    width, before = (*slots, 0, 0)[:2]  # the dispatcher leaves out trailing defaults
+def _call(args: tuple) -> AttentionCall:
+    q, k, v, bias, mask, padding, seed, key_range, *numbers = args[:_ARGUMENTS]
     return AttentionCall(
-        q, k, v, bias, mask, padding, seed, key_range, scale, softcap, dropout_p, width, before
+        q, k, v, bias, mask, padding, seed, KeyRange.from_ints(key_range), *numbers
     )
 
 
@@ -38,17 +39,17 @@ def _backend(call: AttentionCall, asked: str) -> ModuleType:
 
 
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    call = _call(args[:11], args[12:])
-    return _backend(call, args[11]).forward(call)
+    call = _call(args)
+    return _backend(call, args[_ARGUMENTS]).forward(call)
 
 
 def _fake_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _call(args[:11], args[12:]).new_outputs()
+    return _call(args).new_outputs()
 
 
 def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    call = _call(args[:11], args[17:])
-    out, lse, dout, dlse, bias_grad, backend = args[11:17]
+    call = _call(args)
+    out, lse, dout, dlse, bias_grad, backend = args[_ARGUMENTS:]
     *grads, dbias = _backend(call, backend).backward(
         call, out, lse, unit_stride(dout), dlse, bias_grad
     )
@@ -59,8 +60,8 @@ def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
-    call = _call(args[:11], args[17:])
-    bias_grad = args[15]
+    call = _call(args)
+    bias_grad = args[-2]
     dbias = (
         call.bias.new_empty(call.bias.shape)
         if bias_grad and call.bias is not None
@@ -70,8 +71,7 @@ def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.key_range, ctx.scale, ctx.softcap, ctx.dropout_p, ctx.backend = inputs[:12]
-    ctx.slots = inputs[12:]
+    tensors, ctx.numbers, ctx.backend = inputs[:7], inputs[7:_ARGUMENTS], inputs[_ARGUMENTS]
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -80,11 +80,14 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
     *tensors, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 14
-    dq, dk, dv, dbias = torch.ops.hierkernels.attention_backward.default(
-        *tensors, ctx.key_range, ctx.scale, ctx.softcap, ctx.dropout_p, out, lse,
-        torch.zeros_like(out) if dout is None else dout, dlse, ctx.needs_input_grad[3], ctx.backend,
-        *ctx.slots,
-    )  # fmt: skip
+    if dout is None:
+        dout = torch.zeros_like(out)
+    # With create_graph the gradients need a graph, which the operator makes.
+    direct = not torch.is_grad_enabled() and is_unwatched((*tensors, out, lse, dout, dlse))
+    backward = _backward if direct else torch.ops.hierkernels.attention_backward.default
+    dq, dk, dv, dbias = backward(
+        *tensors, *ctx.numbers, out, lse, dout, dlse, ctx.needs_input_grad[3], ctx.backend
+    )
     return dq, dk, dv, dbias if ctx.needs_input_grad[3] else None, *(None,) * 10
 
 
@@ -106,3 +109,36 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "hierkernels::attention_backward", _differentiate_twice, lib=LIBRARY
 )
+
+
+class _Eager(torch.autograd.Function):
+    """The operator and its gradient without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        # A setup_context of its own would make PyTorch inspect the signature at every call.
+        output = _forward(*args)
+        _setup_context(ctx, args, output)
+        return output
+
+    backward = staticmethod(_differentiate)
+
+
+def attention_forward(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse): the operator, or its implementation where nobody sees the difference.
+
+    Raises NotImplementedError if `backend` is given and refuses.
+    """
+    tensors = call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed
+    run: Callable[..., Any] = torch.ops.hierkernels.attention_forward.default
+    if is_unwatched(tensors):
+        needs_graph = torch.is_grad_enabled() and (
+            call.q.requires_grad
+            or call.k.requires_grad
+            or call.v.requires_grad
+            or (call.bias is not None and call.bias.requires_grad)
+        )
+        if not needs_graph:
+            return _backend(call, backend).forward(call)
+        run = _Eager.apply
+    return run(*call.arguments(), backend)

@@ -9,6 +9,7 @@ import torch
 from hierkernels import dispatch
 from hierkernels.key_range import KeyRange
 from hierkernels.ops.attention import api as attention
+from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.local_attention import reference
 from hierkernels.ops.local_attention.call import LocalCall
 from hierkernels.ops.local_attention.zero_lookback import merge_zero_keys
@@ -171,3 +172,17 @@ def local_attention(
     )  # fmt: skip
     out, lse = run(call, backend)
     return (out, lse) if return_lse else out
+
+
+def problem(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window_size: int,
+    *,
+    return_lse: bool = False,
+    **options: Any,
+) -> AttentionCall:
+    """The canonical form of a call, as hk.local_attention hands it to the backends of attention."""
+    q, k, v = attention.autocast(q, k, v)
+    return make_call(q, k, v, window_size, **options).attention

@@ -1,0 +1,59 @@
+"""Whether a call is plain eager work on CPU tensors, which PyTorch's dispatcher would only pass on.
+
+The dispatcher and the autograd wrapper of a Python operator take longer than a small kernel. A
+call that nothing in PyTorch watches may go to its backend directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+try:
+    from torch._C import (
+        DispatchKeySet,
+        _dispatch_keys,
+        _get_tracing_state,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
+    from torch._C._functorch import maybe_current_level
+    from torch.autograd import _profiler_enabled
+
+    _CAN_TELL = True
+except ImportError:  # names that a PyTorch version may drop: then every call goes the long way
+    _CAN_TELL = False
+
+
+def _plain_keys() -> tuple[DispatchKeySet, ...]:
+    """The dispatch keys of an ordinary CPU tensor, and of one made in inference mode."""
+    if not _CAN_TELL:
+        return ()
+    keys = [_dispatch_keys(torch.empty(0))]
+    with torch.inference_mode():
+        keys.append(_dispatch_keys(torch.empty(0)))
+    return tuple(keys)
+
+
+_PLAIN = _plain_keys()
+
+
+def is_unwatched(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """No compiler, tracer, profiler, mode, transform or subclass would see an operator on these.
+
+    The dispatch keys tell a plain CPU tensor from subclasses, fake, batched, lazily negated, sparse
+    and all other special ones.
+    """
+    if (
+        not _CAN_TELL
+        or torch.compiler.is_compiling()  # early: a compiler that traces this goes no further
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or maybe_current_level() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+    ):
+        return False
+    # A list, not a generator: half the time.
+    return all([t is None or _dispatch_keys(t) in _PLAIN for t in tensors])

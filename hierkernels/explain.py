@@ -1,0 +1,32 @@
+"""hk.explain: which backend an operator would use, and why the others refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hierkernels import dispatch
+from hierkernels.ops.attention.api import problem as attention_problem
+from hierkernels.ops.causal_sgu.api import problem as causal_sgu_problem
+from hierkernels.ops.local_attention.api import problem as local_attention_problem
+
+# For each operator, what makes the canonical form of a call from the call's arguments.
+PROBLEMS: dict[str, Callable[..., Any]] = {
+    "attention": attention_problem,
+    "causal_sgu": causal_sgu_problem,
+    "local_attention": local_attention_problem,
+}
+# Operators that the backends of another one compute.
+_COMPUTED_BY = {"local_attention": "attention"}
+
+
+def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> dispatch.Choice:
+    """The backend that `op`, such as "attention", would use for these arguments, and every refusal.
+
+    Raises ValueError for an unknown op, and whatever the op itself would raise.
+    """
+    if op not in PROBLEMS:
+        raise ValueError(f"op must be one of {', '.join(PROBLEMS)}, got {op!r}")
+    call = PROBLEMS[op](*args, **options)
+    computed_by = _COMPUTED_BY.get(op, op)
+    return dispatch.survey(computed_by, call, dispatch.requested_backend(backend))
