@@ -96,7 +96,7 @@ def measurements(
     config = request.config
     groups = {params["group"] for params in _parameters(request) if "group" in params}
     dtypes = sorted({group.dtype for group in groups}, key=str)
-    say("roof: measuring large matrix products and a large copy")
+    say("roof: measuring matrix products and memory")
     meter = config.stash[_roof] = RoofMeter(config.getoption("device"), dtypes)
     meter.probe()
     say(f"roof: {meter.roof}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, suite
+from benchmarks.roof import Roof
 from benchmarks.table import Line, collect, memory_peaks, ops, peers
 
 LATEST = Path(__file__).resolve().parent / "report" / "latest.json"
@@ -38,11 +39,8 @@ def _markdown(data: dict[str, Any], drawn: list[str]) -> Iterator[str]:
     yield f"Python {info['python']}. Commit {(commit.get('id') or 'unknown')[:12]}{changes},"
     yield f"{data['datetime'][:10]}."
     if roof := info.get("roof"):
-        rates = ", ".join(
-            f"{name} {rate * 1e-9:,.0f} GFLOP/s" for name, rate in roof["flops"].items()
-        )
-        yield "Roof, measured in this run: matrix product"
-        yield f"{rates}; copy {roof['copy'] * 1e-9:.1f} GB/s."
+        yield "Roof, measured in this run:"
+        yield f"{_roof(roof)}."
     yield ""
     yield "Times are medians; the rows of a group were timed interleaved. Columns of peers hold"
     yield "their time over that of hierkernels: above 1, hierkernels is faster. `extra` is the peak"
@@ -58,6 +56,12 @@ def _markdown(data: dict[str, Any], drawn: list[str]) -> Iterator[str]:
                 yield f"![{name.replace('-', ' ')}]({name}.svg)"
         yield from _tables([line for line in measured if line.op == op])
         yield from _memory(op, memory_peaks(data, op))
+
+
+def _roof(roof: dict[str, Any]) -> str:
+    """As measured; older results have one rate of memory, of a copy of 512 MiB."""
+    memory = roof.get("memory") or {2**30: roof["copy"]}
+    return str(Roof(roof["flops"], {int(size): rate for size, rate in memory.items()}))
 
 
 def _tables(lines: list[Line]) -> Iterator[str]:
