@@ -27,6 +27,8 @@ Function = Callable[[Inputs], torch.Tensor]  # inputs -> out (B, Hq, Nq, Dv)
 
 CHECK_SCORES = 2**22  # a case with more (query, key) pairs is checked on some of its queries
 CHECK_START, CHECK_STEP = 7, 61  # prime, so that the queries fall on every place of a tile
+CHECK_SEQUENCES = 256  # a larger batch is checked on some of its sequences
+SEQUENCE_STEP = 13
 
 # Peers that compile for each shape take most of a run: the quick set has them once.
 # The eager reference takes long, and gigabytes, beyond 1024 tokens: the full set has it.
@@ -94,12 +96,15 @@ class AttentionSuite(Suite):
 
     def problem(self, case: Case, dtype: torch.dtype, device: str) -> OpProblem:
         inputs = self.inputs(case, dtype, device)
-        checked, judged = slice(None), inputs
         if case.B * case.Hq * case.Nq * case.Nk > CHECK_SCORES:
-            checked = slice(CHECK_START, None, CHECK_STEP)
-            judged = inputs.thin(CHECK_START, CHECK_STEP)
-        queries = {"out": 2, "dq": 2, "dbias": 2}
-        return OpProblem(inputs, testing.make_standard(judged), queries, checked)
+            queries = {"out": 2, "dq": 2, "dbias": 2}
+            standard = testing.make_standard(inputs.thin(CHECK_START, CHECK_STEP))
+            return OpProblem(inputs, standard, queries, slice(CHECK_START, None, CHECK_STEP))
+        if case.B > CHECK_SEQUENCES and not case.dropout_p:  # whose mask has the sequence's index
+            sequences = dict.fromkeys(("out", "dq", "dk", "dv", "dbias"), 0)
+            some = slice(CHECK_START, None, SEQUENCE_STEP)
+            return OpProblem(inputs, testing.make_standard(_some(inputs, some)), sequences, some)
+        return OpProblem(inputs, testing.make_standard(inputs), {"out": 2})
 
     def candidates(self, row: str, inputs: Inputs, direction: str) -> Iterator[Candidate]:
         if row in dispatch.BACKENDS:
@@ -114,6 +119,27 @@ class AttentionSuite(Suite):
             yield _flex(inputs, direction)
         else:
             raise ValueError(f"unknown row {row!r}")
+
+
+def _some(inputs: Inputs, sequences: slice) -> Inputs:
+    """The problem of some sequences; the others do not touch them."""
+
+    def cut(t: torch.Tensor | None) -> torch.Tensor | None:
+        return t if t is None or t.shape[0] == 1 else t[sequences]
+
+    q, k, v, dout = (t[sequences] for t in (inputs.q, inputs.k, inputs.v, inputs.dout))
+    return replace(
+        inputs,
+        case=replace(inputs.case, B=q.shape[0]),
+        q=q,
+        k=k,
+        v=v,
+        bias=cut(inputs.bias),
+        mask=cut(inputs.mask),
+        padding=cut(inputs.padding),
+        dout=dout,
+        dlse=cut(inputs.dlse),
+    )
 
 
 def _backend(name: str, inputs: Inputs) -> Candidate:
