@@ -122,7 +122,7 @@ class Backward {
     const auto tiles_at = parts.template of<E>(needs_tiles() ? s.buckets * gradient.dmix_size() : 0);
     const auto gate_at = parts.template of<E>(p.dweight ? s.buckets * gradient.gate_size() : 0);
     const auto sums_at = parts.template of<F>(s.N);
-    const auto partial_at = parts.template of<F>(p.dweight ? gradient.partial_size() : 0);
+    const auto partial_at = parts.template of<F>(p.dweight && gradient.splits > 1 ? gradient.splits * gradient.partial_size() : 0);
     char* base = thread_scratch(ScratchUse::kShared, parts.total());
     const Prepared prepared{part<E>(base, dmix_at), part<E>(base, tiles_at), part<E>(base, gate_at), part<F>(base, sums_at)};
 #pragma omp parallel
@@ -183,7 +183,7 @@ class Backward {
   // ---- small windows: a task takes its buckets one after another; what it prepares of two is in cache ----
 
   void run_windowed() {
-    const int64_t n_tasks = s.H * tasks.chunks * tasks.ranges, partial_size = p.dweight ? s.w * gradient.columns() : 0;
+    const int64_t n_tasks = s.H * tasks.chunks * tasks.ranges, partial_size = p.dweight ? gradient.partial_size() : 0;
     const int64_t dmix_size = tasks.chunk_strips * mix.strip_size();
     const auto narrow = gradient.of_columns(chunk_columns());
     Parts parts;
@@ -237,7 +237,7 @@ class Backward {
     const auto dmix = [&](int64_t bucket) { return ring.dmix + bucket % 2 * dmix_size; };
     const auto gate = [&](int64_t bucket) { return ring.gate + bucket % 2 * narrow.gate_size(); };
     memset(sums, 0, static_cast<size_t>(s.w) * sizeof(F));
-    if (p.dweight) memset(partial, 0, static_cast<size_t>(s.w * c_stride) * sizeof(F));
+    if (p.dweight) memset(partial, 0, static_cast<size_t>(gradient.partial_size()) * sizeof(F));
     if (p.dweight && begin > 0)
       for (int64_t row = 0; row < s.w; row += S)
         transpose_gate(h, begin - 1, row, min_of(S, s.w - row), chunk * chunk_columns(), width, narrow, gate(begin - 1),

@@ -43,7 +43,8 @@ class WeightGradient {
   int64_t gate_strip_size() const { return Engine::strip_size(terms_); }
   int64_t gate_size() const { return half_ * gate_strip_size(); }  // of a bucket
   int64_t panels_size() const { return Engine::kBlockRows / Engine::kPanel * Engine::panel_size(); }
-  int64_t partial_size() const { return splits > 1 ? splits * s_.w * columns() : 0; }
+  // Of one part of the sum: whole panels, as an engine may store rows that nobody asked for.
+  int64_t partial_size() const { return round_to(s_.w, Engine::kPanel) * columns(); }
   int64_t tasks() const { return splits * blocks_ * chunks_; }
   int64_t dmix_size() const { return (Engine::kTiledGradient ? round_to(s_.w, Engine::kPanel) : s_.w) * terms_; }
 
@@ -95,14 +96,14 @@ class WeightGradient {
 
   void keep(const GradientRange& g, const F* c, F* partial) const {
     for (int64_t r = 0; r < g.rows; ++r)
-      memcpy(partial + (g.split * s_.w + g.row + r) * columns() + g.first * S, c + r * kChunkStride,
+      memcpy(partial + g.split * partial_size() + (g.row + r) * columns() + g.first * S, c + r * kChunkStride,
              static_cast<size_t>(g.strips * S) * sizeof(F));
   }
   // Adds a row of all splits into that of the first.
   GradientRange sum(int64_t row, F* partial) const {
     F* out = partial + row * columns();
     for (int64_t split = 1; split < splits; ++split) {
-      const F* x = partial + (split * s_.w + row) * columns();
+      const F* x = partial + split * partial_size() + row * columns();
       for (int64_t i = 0; i < columns(); i += kWidth<F>) store(out + i, load(out + i) + load(x + i));
     }
     return {row, 1, 0, all_, 0};
