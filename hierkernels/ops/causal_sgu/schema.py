@@ -51,8 +51,7 @@ def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
 def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     residual, gate, weight, bias = args[:4]
     tensors = (residual, gate, weight, bias, gate)
-    none = gate.new_empty(0)
-    return tuple(new_like(t) if want else none for t, want in zip(tensors, args[9], strict=True))
+    return tuple(new_like(t) if want else gate.new_empty(0) for t, want in zip(tensors, args[9], strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
