@@ -73,9 +73,7 @@ _IDS = [
 
 
 @pytest.mark.parametrize("name, dtype, isa", _IDS)
-def test_accuracy(
-    name: str, dtype: torch.dtype, isa: str, set_isa: Callable[[str], None]
-) -> None:
+def test_accuracy(name: str, dtype: torch.dtype, isa: str, set_isa: Callable[[str], None]) -> None:
     set_isa(isa)
     inputs, standard = _standard(name, dtype)
     check_accuracy(inputs, _kernels(inputs), standard)

@@ -91,7 +91,8 @@ def _causal_sgu_forward_kernel(
         for k0 in range(0, tl.where(bucket > 0, size, 0), BLOCK_K):
             k = k0 + terms
             w = tl.load(
-                weight_rows + k[None, :], mask=(rows < n_rows)[:, None] & (k < size)[None, :],
+                weight_rows + k[None, :],
+                mask=(rows < n_rows)[:, None] & (k < size)[None, :],
                 other=0.0,
             )  # [BLOCK_M, BLOCK_K]
             x = _load_activations(gate_ptr, stride_gate, first - size, k, size, channels, dim)
@@ -292,7 +293,9 @@ def _causal_sgu_backward_weight_kernel(
         first = bucket * size
         from_token = tl.where(is_own, first, first - size)
         n_rows = tl.minimum(n_tokens - first, size)
-        d = _load_activations(dmix_ptr + b * stride_dmix[0], stride_dmix, first, rows, n_rows, c, dim)
+        d = _load_activations(
+            dmix_ptr + b * stride_dmix[0], stride_dmix, first, rows, n_rows, c, dim
+        )
         x = _load_activations(
             gate_ptr + b * stride_gate[0], stride_gate, from_token, columns,
             tl.where(is_own, n_rows, size), c, dim,
