@@ -1,4 +1,4 @@
-"""The causal spatial gating unit in Triton: the backend interface round triton_launch.py's plans."""
+"""The causal spatial gating unit in Triton: the backend interface round planned launches."""
 
 from __future__ import annotations
 
