@@ -122,9 +122,11 @@ class Backward {
     const auto tiles_at = parts.template of<E>(needs_tiles() ? s.buckets * gradient.dmix_size() : 0);
     const auto gate_at = parts.template of<E>(p.dweight ? s.buckets * gradient.gate_size() : 0);
     const auto sums_at = parts.template of<F>(s.N);
-    const auto partial_at = parts.template of<F>(p.dweight && gradient.splits > 1 ? gradient.splits * gradient.partial_size() : 0);
+    const int64_t kept_apart = p.dweight && gradient.splits > 1 ? gradient.splits : 0;
+    const auto partial_at = parts.template of<F>(kept_apart * gradient.partial_size());
     char* base = thread_scratch(ScratchUse::kShared, parts.total());
-    const Prepared prepared{part<E>(base, dmix_at), part<E>(base, tiles_at), part<E>(base, gate_at), part<F>(base, sums_at)};
+    const Prepared prepared{part<E>(base, dmix_at), part<E>(base, tiles_at), part<E>(base, gate_at),
+                            part<F>(base, sums_at)};
 #pragma omp parallel
     {
       Parts own;
@@ -200,7 +202,8 @@ class Backward {
       const auto gate_at = own.template of<E>(p.dweight ? 2 * narrow.gate_size() : 0);
       const auto row_sums_at = own.template of<F>(s.w);
       char* mine = thread_scratch(ScratchUse::kTask, own.total());
-      const Prepared ring{part<E>(mine, dmix_at), part<E>(mine, tiles_at), part<E>(mine, gate_at), part<F>(mine, row_sums_at)};
+      const Prepared ring{part<E>(mine, dmix_at), part<E>(mine, tiles_at), part<E>(mine, gate_at),
+                          part<F>(mine, row_sums_at)};
       const Own buffers = own_parts.at(mine);
       Mix<Engine> product = mix;
       const typename Engine::Session session;
@@ -288,11 +291,15 @@ class Backward {
           for (int64_t column = there ? width : 0; column < whole; ++column) x[column] = E{};
           line[i] = x;
         }
-        if (to.dmix) Engine::rows_to_strips(line, whole, row + r, to.dmix + at / S * mix.strip_size(), mix.strip_size());
+        if (to.dmix) {
+          E* const strips = to.dmix + at / S * mix.strip_size();
+          Engine::rows_to_strips(line, whole, row + r, strips, mix.strip_size());
+        }
         if constexpr (Engine::kTiledGradient)
           if (to.tiles) Engine::rows_to_tiles(line, whole, row + r, at, g.terms(), to.tiles);
       }
-      if (to.gate && rows > 0) transpose_gate(h, bucket, row, rows, first_column + at, width, g, to.gate + at * S, own.lines);
+      if (to.gate && rows > 0)
+        transpose_gate(h, bucket, row, rows, first_column + at, width, g, to.gate + at * S, own.lines);
     }
     if (streamed) stream_fence();
   }

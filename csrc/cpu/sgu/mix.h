@@ -39,7 +39,8 @@ class Mix {
   using E = typename Engine::Element;
   using F = typename Engine::Sum;
 
-  Mix(const SguShape& shape, const Tensor& weight, bool transposed) : s_(shape), weight_(weight), transposed_(transposed) {}
+  Mix(const SguShape& shape, const Tensor& weight, bool transposed)
+      : s_(shape), weight_(weight), transposed_(transposed) {}
 
   int64_t blocks() const { return ceil_div(s_.w, Engine::kBlockRows); }
   bool keeps_panels() const { return has_small_window(s_); }
@@ -90,7 +91,9 @@ class Mix {
 
   int64_t steps() const { return ceil_div(s_.w, Engine::kStepTerms); }
   static int64_t step_size() { return Engine::kBlockRows / Engine::kPanel * Engine::panel_size(); }
-  E* kept(int64_t block, int own, int64_t step) const { return panels_ + ((block * 2 + own) * steps() + step) * step_size(); }
+  E* kept(int64_t block, int own, int64_t step) const {
+    return panels_ + ((block * 2 + own) * steps() + step) * step_size();
+  }
 
   // The terms of a block, of which there are `tokens`: body(step, first, terms). The first step of a triangle reaches
   // every panel, as a step is longer than a block.

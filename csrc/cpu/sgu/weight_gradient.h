@@ -24,7 +24,10 @@ class WeightGradient {
   int64_t splits = 1;  // parts of the sum, which are kept apart and added in order
 
   WeightGradient(const SguShape& shape, const Tensor& dweight)
-      : s_(shape), terms_(round_to(shape.columns, S)), half_(ceil_div(shape.w, S)), all_(half_ * (shape.look_back ? 2 : 1)) {
+      : s_(shape),
+        terms_(round_to(shape.columns, S)),
+        half_(ceil_div(shape.w, S)),
+        all_(half_ * (shape.look_back ? 2 : 1)) {
     chunks_ = ceil_div(all_, kChunkColumns / S);
     blocks_ = ceil_div(s_.w, Engine::kBlockRows);
     const int64_t threads = omp_get_max_threads();
@@ -65,8 +68,8 @@ class WeightGradient {
   }
 
   // Adds a bucket's part of a range to c. before: the gate of the bucket before, if there is one.
-  void add_bucket(const GradientRange& g, int64_t tokens, const E* dmix, const E* gate, const E* before, E* panels, F* c,
-                  int64_t c_stride) const {
+  void add_bucket(const GradientRange& g, int64_t tokens, const E* dmix, const E* gate, const E* before, E* panels,
+                  F* c, int64_t c_stride) const {
     const int64_t rows = min_of(g.rows, tokens - g.row);
     if (rows <= 0) return;
     for (int64_t first = 0; first < terms_; first += Engine::kStepTerms) {
