@@ -216,10 +216,10 @@ class Backward {
       for (int64_t task = 0; task < n_tasks; ++task) {
         const int64_t h = tasks.head(task);
         if (p.dgate && h != packed_head) product.begin(packed_head = h, buffers.panels);
-        run_range(task, product, ring, buffers, panels, partial + task * partial_size, sums + task * s.w);
+        const int64_t slot = tasks.slot(task);
+        run_range(task, product, ring, buffers, panels, partial + slot * partial_size, sums + slot * s.w);
       }
-      // Tasks of a head follow one another, and so do their sums.
-      const int64_t of_head = tasks.chunks * tasks.ranges;
+      const int64_t of_head = tasks.of_head();
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < s.H * s.w; ++i) {
         const int64_t h = i / s.w, row = i % s.w;
