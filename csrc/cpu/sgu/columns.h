@@ -1,6 +1,7 @@
 // A head's tokens as rows of B dim columns, batch by batch.
 #pragma once
 #include "../attention/storage.h"
+#include "../scratch.h"
 #include "../simd.h"
 #include "sgu.h"
 
@@ -30,6 +31,44 @@ HK_INLINE T* element(const Tensor& t, const SguShape& s, int64_t b, int64_t n, i
   return t.as<T>() + b * t.stride[0] + n * t.stride[1] + h * s.dim + c;
 }
 
+// Tokens that are asked for ahead: a token's channels of one head are too short for the hardware's prefetching.
+constexpr int64_t kAhead = 3;
+template <class T>
+HK_INLINE void prefetch_ahead(const Tensor& t, const T* x, int64_t n, int64_t length) {
+  if (n + kAhead < t.size[1]) prefetch(x + kAhead * t.stride[1], length * static_cast<int64_t>(sizeof(T)));
+}
+
+// Whether to write a result past the caches: it is large, and runs of channels are whole vectors at such addresses.
+template <class T>
+HK_INLINE bool worth_streaming(const Tensor& t, const SguShape& s) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  return t && static_cast<size_t>(t.span_bytes()) >= kLargeOutput && reinterpret_cast<uintptr_t>(t.data) % 64 == 0 &&
+         s.dim % line == 0 && t.stride[0] % line == 0 && t.stride[1] % line == 0;
+}
+
+// A vector to memory, rounded to T; past the caches if `streamed`.
+template <class F, class T>
+HK_INLINE void put(T* to, Vec<F> x, bool streamed) {
+  if constexpr (kSame<F, T>) {
+    if (streamed)
+      stream(reinterpret_cast<float*>(to), bit_cast<VecF>(x));
+    else
+      store(to, x);
+  } else {
+#if defined(__AVX512BF16__)
+    if constexpr (kSame<T, BFloat16>) {
+      const __m256i y = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+      if (streamed)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), y);
+      else
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), y);
+      return;
+    }
+#endif
+    store_as<F>(to, x);
+  }
+}
+
 template <class E, class T>
 HK_INLINE void copy_run(const T* x, int64_t n, E* out) {
   if constexpr (kSame<E, T>) {
@@ -54,12 +93,12 @@ HK_INLINE void load_columns(const Tensor& t, const SguShape& s, int64_t h, int64
 
 template <class F, class T>
 HK_INLINE void store_columns(const Tensor& t, const SguShape& s, int64_t h, int64_t n, int64_t column, int64_t count,
-                             const F* x) {
+                             const F* x, bool streamed) {
   constexpr int W = kWidth<F>;
   for_each_run(s, column, count, [&](int64_t b, int64_t channel, int64_t at, int64_t length) {
     T* out = element<T>(t, s, b, n, h, channel);
     int64_t i = 0;
-    for (; i + W <= length; i += W) store_as<F>(out + i, load(x + at + i));
+    for (; i + W <= length; i += W) put<F>(out + i, load(x + at + i), streamed);
     if (const int rest = static_cast<int>(length - i); rest > 0) store_as<F>(out + i, load(x + at + i, rest), rest);
   });
 }
@@ -67,8 +106,9 @@ HK_INLINE void store_columns(const Tensor& t, const SguShape& s, int64_t h, int6
 // Tokens first .. first + rows of a head, columns [column, column + count), as strips `strip_size` apart, from row
 // `row` of the strips on; filled up with zeros to whole strips and units of rows. lines: room for kGroup rows.
 template <class Engine, class T>
-void pack_strips(const Tensor& t, const SguShape& s, int64_t h, int64_t first, int64_t rows, int64_t row, int64_t column,
-                 int64_t count, typename Engine::Element* lines, typename Engine::Element* strips, int64_t strip_size) {
+void pack_strips(const Tensor& t, const SguShape& s, int64_t h, int64_t first, int64_t rows, int64_t row,
+                 int64_t column, int64_t count, typename Engine::Element* lines, typename Engine::Element* strips,
+                 int64_t strip_size) {
   using E = typename Engine::Element;
   constexpr int64_t S = Engine::kStrip, G = Engine::kGroup;
   const int64_t whole = round_to(count, S);
@@ -77,7 +117,10 @@ void pack_strips(const Tensor& t, const SguShape& s, int64_t h, int64_t first, i
     const E* line[G];
     if (direct && r + G <= rows) {
       for_each_run(s, column, count, [&](int64_t b, int64_t c, int64_t at, int64_t length) {
-        for (int g = 0; g < G; ++g) line[g] = reinterpret_cast<const E*>(element<T>(t, s, b, first + r + g, h, c));
+        for (int g = 0; g < G; ++g) {
+          line[g] = reinterpret_cast<const E*>(element<T>(t, s, b, first + r + g, h, c));
+          prefetch_ahead(t, line[g], first + r + g, length);
+        }
         Engine::rows_to_strips(line, length, row + r, strips + at / S * strip_size, strip_size);
       });
       continue;

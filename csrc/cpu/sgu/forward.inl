@@ -10,13 +10,15 @@ namespace {
 // out = act(c + bias + gate_residual) * residual, of one token; c holds columns column .. column + count.
 template <Activation A, class F, class T>
 void finish_row(const SguParams& p, const SguShape& s, int64_t h, int64_t n, F bias, const F* c, int64_t column,
-                int64_t count) {
+                int64_t count, bool streamed) {
   constexpr int W = kWidth<F>;
   for_each_run(s, column, count, [&](int64_t b, int64_t channel, int64_t at, int64_t length) {
     const T* residual = element<T>(p.residual, s, b, n, h, channel);
     const T* gate_residual = p.gate_residual ? element<T>(p.gate_residual, s, b, n, h, channel) : nullptr;
     T* out = element<T>(p.out, s, b, n, h, channel);
     T* z = p.z ? element<T>(p.z, s, b, n, h, channel) : nullptr;
+    prefetch_ahead(p.residual, residual, n, length);
+    if (gate_residual) prefetch_ahead(p.gate_residual, gate_residual, n, length);
     const auto compute = [&](int64_t i, auto load_t, auto store_t) {
       Vec<F> x = load(c + at + i) + bias, value, slope;
       if (gate_residual) x += load_t(gate_residual + i);
@@ -26,7 +28,7 @@ void finish_row(const SguParams& p, const SguShape& s, int64_t h, int64_t n, F b
     };
     int64_t i = 0;
     for (; i + W <= length; i += W)
-      compute(i, [](const T* x) { return load_as<F>(x); }, [](T* to, Vec<F> x) { store_as<F>(to, x); });
+      compute(i, [](const T* x) { return load_as<F>(x); }, [&](T* to, Vec<F> x) { put<F>(to, x, streamed); });
     if (const int rest = static_cast<int>(length - i); rest > 0)
       compute(i, [&](const T* x) { return load_as<F>(x, rest); }, [&](T* to, Vec<F> x) { store_as<F>(to, x, rest); });
   });
@@ -51,7 +53,11 @@ template <class Engine, class T>
 class Forward {
  public:
   explicit Forward(const SguParams& params)
-      : p(params), s(params), mix(s, params.weight, false), tasks(s, Engine::kStrip, mix.blocks()) {
+      : p(params),
+        s(params),
+        mix(s, params.weight, false),
+        tasks(s, Engine::kStrip, mix.blocks(), s.look_back ? kWindowedColumns : kChunkColumns),
+        streamed(worth_streaming<T>(p.out, s) && (!p.z || worth_streaming<T>(p.z, s))) {
     with_activation(p.activation, [&]<Activation A>() { finish = finish_row<A, F, T>; });
   }
   void run() { s.look_back ? run_windowed() : run_global(); }
@@ -64,7 +70,8 @@ class Forward {
   const SguShape s;
   Mix<Engine> mix;
   MixTasks tasks;
-  void (*finish)(const SguParams&, const SguShape&, int64_t, int64_t, F, const F*, int64_t, int64_t);
+  const bool streamed;  // results are written past the caches
+  void (*finish)(const SguParams&, const SguShape&, int64_t, int64_t, F, const F*, int64_t, int64_t, bool);
 
   int64_t chunk_columns() const { return tasks.chunk_strips * Engine::kStrip; }
   int64_t columns_of(int64_t chunk) const { return min_of(chunk_columns(), s.columns - chunk * chunk_columns()); }
@@ -73,7 +80,8 @@ class Forward {
     const int64_t row = block * Engine::kBlockRows, rows = min_of(Engine::kBlockRows, s.tokens(bucket) - row);
     for (int64_t r = 0; r < rows; ++r)
       finish(p, s, h, bucket * s.w + row + r, bias_of<F>(p.bias, h, row + r), c + r * kChunkStride,
-             chunk * chunk_columns(), columns_of(chunk));
+             chunk * chunk_columns(), columns_of(chunk), streamed);
+    if (streamed) stream_fence();
   }
 
   // The gate of a head is packed once and read by all blocks of rows.
@@ -105,7 +113,8 @@ class Forward {
         product.begin(h, part<E>(base, panels_at));
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < mix.blocks() * tasks.chunks; ++task) {
-          const int64_t block = mix.blocks() - 1 - task / tasks.chunks, chunk = task % tasks.chunks;  // the longest first
+          const int64_t block = mix.blocks() - 1 - task / tasks.chunks;  // the longest first
+          const int64_t chunk = task % tasks.chunks;
           const int64_t first = chunk * tasks.chunk_strips;
           product.multiply_block(0, block, min_of(tasks.chunk_strips, tasks.strips - first),
                                  [&](int64_t) { return strips + first * strip_size; }, c, kChunkStride);
@@ -133,11 +142,11 @@ class Forward {
       int64_t packed_head = -1;
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < s.H * tasks.chunks * tasks.ranges; ++task) {
-        const int64_t range = task % tasks.ranges, chunk = task / tasks.ranges % tasks.chunks;
-        const int64_t h = task / (tasks.ranges * tasks.chunks), n_strips = ceil_div(columns_of(chunk), Engine::kStrip);
+        const int64_t h = tasks.head(task), chunk = tasks.chunk(task);
+        const int64_t n_strips = ceil_div(columns_of(chunk), Engine::kStrip);
         const auto bucket_strips = [&](int64_t bucket) { return strips + bucket % 2 * bucket_size; };
         if (h != packed_head) product.begin(packed_head = h, part<E>(base, panels_at));
-        const int64_t begin = range * tasks.range, end = min_of(begin + tasks.range, s.buckets);
+        const int64_t begin = tasks.first_bucket(task), end = min_of(begin + tasks.range, s.buckets);
         for (int64_t bucket = max_of(begin - 1, 0); bucket < end; ++bucket) {
           pack_strips<Engine, T>(p.gate, s, h, bucket * s.w, s.tokens(bucket), 0, chunk * chunk_columns(),
                                  columns_of(chunk), part<E>(base, lines_at), bucket_strips(bucket), mix.strip_size());

@@ -13,8 +13,12 @@ namespace {
 // Columns that a task computes at most: their sums stay in the second-level cache.
 constexpr int64_t kChunkColumns = 1024;
 constexpr int64_t kChunkStride = kChunkColumns + 16;  // off the powers of two
+// The same with a window: two buckets stay there, too.
+constexpr int64_t kWindowedColumns = 512;
 // With a window up to this, a task packs the weight once for all of its buckets.
 constexpr int64_t kSmallWindow = 256;
+
+HK_INLINE bool has_small_window(const SguShape& s) { return s.look_back && s.w <= kSmallWindow; }
 
 // Parts of one buffer, by type.
 class Parts : public ScratchLayout {
@@ -35,10 +39,11 @@ class Mix {
   using E = typename Engine::Element;
   using F = typename Engine::Sum;
 
-  Mix(const SguShape& shape, const Tensor& weight, bool transposed) : s_(shape), weight_(weight), transposed_(transposed) {}
+  Mix(const SguShape& shape, const Tensor& weight, bool transposed)
+      : s_(shape), weight_(weight), transposed_(transposed) {}
 
   int64_t blocks() const { return ceil_div(s_.w, Engine::kBlockRows); }
-  bool keeps_panels() const { return s_.look_back && s_.w <= kSmallWindow; }
+  bool keeps_panels() const { return has_small_window(s_); }
   int64_t panels_size() const { return (keeps_panels() ? blocks() * 2 * steps() : 1) * step_size(); }
   int64_t strip_size() const { return Engine::strip_size(s_.w); }
 
@@ -86,7 +91,9 @@ class Mix {
 
   int64_t steps() const { return ceil_div(s_.w, Engine::kStepTerms); }
   static int64_t step_size() { return Engine::kBlockRows / Engine::kPanel * Engine::panel_size(); }
-  E* kept(int64_t block, int own, int64_t step) const { return panels_ + ((block * 2 + own) * steps() + step) * step_size(); }
+  E* kept(int64_t block, int own, int64_t step) const {
+    return panels_ + ((block * 2 + own) * steps() + step) * step_size();
+  }
 
   // The terms of a block, of which there are `tokens`: body(step, first, terms). The first step of a triangle reaches
   // every panel, as a step is longer than a block.
@@ -124,16 +131,30 @@ struct MixTasks {
   int64_t strips, chunk_strips, chunks;  // of a bucket's columns; of a task
   int64_t range, ranges;                 // buckets of a task, with a window
 
-  MixTasks(const SguShape& s, int64_t strip_columns, int64_t blocks) {
+  MixTasks(const SguShape& s, int64_t strip_columns, int64_t blocks, int64_t most_columns) {
     const int64_t threads = omp_get_max_threads(), wanted = threads == 1 ? 1 : 4 * threads;
     strips = ceil_div(s.columns, strip_columns);
-    chunk_strips = min_of(strips, kChunkColumns / strip_columns);
-    const int64_t rest = s.look_back ? s.H * s.buckets : blocks;
+    chunk_strips = min_of(strips, most_columns / strip_columns);
+    const int64_t rest = s.look_back ? s.H * ceil_div(s.buckets, kFewBuckets) : blocks;
     while (rest * ceil_div(strips, chunk_strips) < wanted && chunk_strips > 8) chunk_strips = ceil_div(chunk_strips, 2);
     chunks = ceil_div(strips, chunk_strips);
-    range = s.look_back ? max_of(1, min_of(32, s.buckets * s.H * chunks / wanted)) : 1;
+    range = s.look_back ? max_of(kFewBuckets, min_of(kManyBuckets, ceil_div(s.buckets * s.H * chunks, wanted))) : 1;
     ranges = ceil_div(s.buckets, range);
+    range = ceil_div(s.buckets, ranges);
+    heads = s.H;
   }
+  // Heads change fastest: the channels of the next head follow in memory, and some of them have been prefetched.
+  int64_t head(int64_t task) const { return task % heads; }
+  int64_t chunk(int64_t task) const { return task / heads % chunks; }
+  int64_t first_bucket(int64_t task) const { return task / (heads * chunks) * range; }
+  // The tasks of a head, and their numbers.
+  int64_t of_head() const { return ranges * chunks; }
+  int64_t slot(int64_t task) const { return head(task) * of_head() + task / heads; }
+
+ private:
+  int64_t heads;
+  // A task packs the weight, and one bucket more than it computes.
+  static constexpr int64_t kFewBuckets = 4, kManyBuckets = 8;
 };
 
 }  // namespace

@@ -21,28 +21,38 @@ class WeightGradient {
   using F = typename Engine::Sum;
   static constexpr int64_t S = Engine::kStrip;
 
-  int64_t splits = 1;  // of the buckets; their partial sums are added in order
+  int64_t splits = 1;  // parts of the sum, which are kept apart and added in order
 
   WeightGradient(const SguShape& shape, const Tensor& dweight)
-      : s_(shape), half_(ceil_div(shape.w, S)), all_(half_ * (shape.look_back ? 2 : 1)) {
+      : s_(shape),
+        terms_(round_to(shape.columns, S)),
+        half_(ceil_div(shape.w, S)),
+        all_(half_ * (shape.look_back ? 2 : 1)) {
     chunks_ = ceil_div(all_, kChunkColumns / S);
     blocks_ = ceil_div(s_.w, Engine::kBlockRows);
     const int64_t threads = omp_get_max_threads();
     if (dweight && threads > 1) splits = max_of(1, min_of(s_.buckets, 2 * threads / (blocks_ * chunks_)));
   }
+  // The same for so many of the head's columns.
+  WeightGradient of_columns(int64_t columns) const {
+    WeightGradient g = *this;
+    g.terms_ = round_to(columns, S);
+    return g;
+  }
 
-  int64_t terms() const { return round_to(s_.columns, S); }
+  int64_t blocks() const { return blocks_; }
+  int64_t terms() const { return terms_; }
   int64_t columns() const { return all_ * S; }
-  int64_t gate_strip_size() const { return Engine::strip_size(terms()); }
+  int64_t gate_strip_size() const { return Engine::strip_size(terms_); }
   int64_t gate_size() const { return half_ * gate_strip_size(); }  // of a bucket
   int64_t panels_size() const { return Engine::kBlockRows / Engine::kPanel * Engine::panel_size(); }
-  int64_t partial_size() const { return splits > 1 ? splits * s_.w * columns() : 0; }
+  // Of one part of the sum: whole panels, as an engine may store rows that nobody asked for.
+  int64_t partial_size() const { return round_to(s_.w, Engine::kPanel) * columns(); }
   int64_t tasks() const { return splits * blocks_ * chunks_; }
-  // Elements of a bucket's dmix as panels, for an engine that reads these.
-  int64_t tiled_size() const { return Engine::kTiledGradient ? round_to(s_.w, Engine::kPanel) * terms() : 0; }
+  int64_t dmix_size() const { return (Engine::kTiledGradient ? round_to(s_.w, Engine::kPanel) : s_.w) * terms_; }
 
-  // dmix: strips of rows [bucket][strip][row][S], or panels (tiled_size) [bucket][panel][term][kPanel];
-  // gate: strips of columns [bucket][strip of tokens][term][S].
+  // dmix: of all buckets, as strips of rows [strip][row][S], or for a tiling engine as panels [panel][term][kPanel];
+  // gate: of all buckets, as strips of columns [strip of tokens][term][S].
   GradientRange compute(int64_t task, const E* dmix, const E* gate, E* panels, F* c) const {
     constexpr int64_t most = kChunkColumns / S;
     const int64_t chunk = task % chunks_, block = task / chunks_ % blocks_, split = task / (chunks_ * blocks_);
@@ -51,46 +61,52 @@ class WeightGradient {
     for (int64_t r = 0; r < g.rows; ++r) memset(c + r * kChunkStride, 0, static_cast<size_t>(g.strips * S) * sizeof(F));
     if (!s_.look_back && g.first * S >= g.row + g.rows) return g;  // above the diagonal
     const int64_t end = s_.buckets * (split + 1) / splits;
-    for (int64_t bucket = s_.buckets * split / splits; bucket < end; ++bucket) {
-      const int64_t rows = min_of(g.rows, s_.tokens(bucket) - g.row);
-      if (rows <= 0) continue;
-      for (int64_t first = 0; first < terms(); first += Engine::kStepTerms) {
-        const int64_t count = min_of(Engine::kStepTerms, terms() - first);
-        const E* a = panels;
-        int64_t a_size = Engine::panel_size();
-        if constexpr (Engine::kTiledGradient) {
-          a_size = terms() * Engine::kPanel;
-          a = dmix + bucket * tiled_size() + g.row / Engine::kPanel * a_size + first * Engine::kPanel;
-        } else {
-          Engine::strips_to_panels(dmix + bucket * terms() * s_.w, s_.w, g.row, rows, first, count, panels);
-        }
-        for (int64_t i = 0; i < g.strips; ++i) {
-          const int64_t strip = g.first + i;
-          const bool own = !s_.look_back || strip >= half_;
-          if (!own && bucket == 0) continue;
-          const int64_t token_strip = own && s_.look_back ? strip - half_ : strip;
-          const E* y = gate + (own ? bucket : bucket - 1) * gate_size() + token_strip * gate_strip_size() + first * S;
-          // Rows before the strip's first token see nothing of it.
-          const int64_t unseen = own ? max_of(token_strip * S - g.row, 0) / Engine::kPanel : 0;
-          for (int64_t p = unseen * Engine::kPanel; p < rows; p += Engine::kPanel)
-            Engine::multiply(min_of(Engine::kPanel, rows - p), a + p / Engine::kPanel * a_size, y, count,
-                             c + p * kChunkStride + i * S, kChunkStride, Update::kAdd);
-        }
+    for (int64_t bucket = s_.buckets * split / splits; bucket < end; ++bucket)
+      add_bucket(g, s_.tokens(bucket), dmix + bucket * dmix_size(), gate + bucket * gate_size(),
+                 bucket == 0 ? nullptr : gate + (bucket - 1) * gate_size(), panels, c, kChunkStride);
+    return g;
+  }
+
+  // Adds a bucket's part of a range to c. before: the gate of the bucket before, if there is one.
+  void add_bucket(const GradientRange& g, int64_t tokens, const E* dmix, const E* gate, const E* before, E* panels,
+                  F* c, int64_t c_stride) const {
+    const int64_t rows = min_of(g.rows, tokens - g.row);
+    if (rows <= 0) return;
+    for (int64_t first = 0; first < terms_; first += Engine::kStepTerms) {
+      const int64_t count = min_of(Engine::kStepTerms, terms_ - first);
+      const E* a = panels;
+      int64_t a_size = Engine::panel_size();
+      if constexpr (Engine::kTiledGradient) {
+        a_size = terms_ * Engine::kPanel;
+        a = dmix + g.row / Engine::kPanel * a_size + first * Engine::kPanel;
+      } else {
+        Engine::strips_to_panels(dmix, s_.w, g.row, rows, first, count, panels);
+      }
+      for (int64_t i = 0; i < g.strips; ++i) {
+        const int64_t strip = g.first + i;
+        const bool own = !s_.look_back || strip >= half_;
+        if (!own && !before) continue;
+        const int64_t token_strip = own && s_.look_back ? strip - half_ : strip;
+        const E* y = (own ? gate : before) + token_strip * gate_strip_size() + first * S;
+        // Rows before the strip's first token see nothing of it.
+        const int64_t unseen = own ? max_of(token_strip * S - g.row, 0) / Engine::kPanel : 0;
+        for (int64_t p = unseen * Engine::kPanel; p < rows; p += Engine::kPanel)
+          Engine::multiply(min_of(Engine::kPanel, rows - p), a + p / Engine::kPanel * a_size, y, count,
+                           c + p * c_stride + i * S, c_stride, Update::kAdd);
       }
     }
-    return g;
   }
 
   void keep(const GradientRange& g, const F* c, F* partial) const {
     for (int64_t r = 0; r < g.rows; ++r)
-      memcpy(partial + (g.split * s_.w + g.row + r) * columns() + g.first * S, c + r * kChunkStride,
+      memcpy(partial + g.split * partial_size() + (g.row + r) * columns() + g.first * S, c + r * kChunkStride,
              static_cast<size_t>(g.strips * S) * sizeof(F));
   }
   // Adds a row of all splits into that of the first.
   GradientRange sum(int64_t row, F* partial) const {
     F* out = partial + row * columns();
     for (int64_t split = 1; split < splits; ++split) {
-      const F* x = partial + (split * s_.w + row) * columns();
+      const F* x = partial + split * partial_size() + row * columns();
       for (int64_t i = 0; i < columns(); i += kWidth<F>) store(out + i, load(out + i) + load(x + i));
     }
     return {row, 1, 0, all_, 0};
@@ -98,6 +114,7 @@ class WeightGradient {
 
  private:
   const SguShape& s_;
+  int64_t terms_;
   int64_t half_, all_;  // strips of a bucket's tokens, of all columns
   int64_t chunks_, blocks_;
 };
