@@ -18,11 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import median
-from hierkernels.ops.attention.spec import SPEED, dtype_name
+from benchmarks import suite
+from benchmarks.measure import groups, median
 
 ROOT = Path(__file__).resolve().parent.parent
-HARNESS = ("benchmarks", "hierkernels/testing.py", "hierkernels/ops/attention/spec.py")
+HARNESS = (
+    "benchmarks",
+    "hierkernels/testing.py",
+    "hierkernels/ops/*/spec.py",
+    "hierkernels/ops/*/testing.py",
+)
 
 
 class Worker:
@@ -64,12 +69,12 @@ def worktree(revision: str) -> Iterator[Path]:
             print(f"building {revision}", flush=True)
             build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
             subprocess.run(build, cwd=path, check=True, stdout=subprocess.DEVNULL)
-            for name in HARNESS:
-                source, target = ROOT / name, path / name
+            for source in (source for name in HARNESS for source in ROOT.glob(name)):
+                target = path / source.relative_to(ROOT)
                 if source.is_dir():
                     shutil.rmtree(target, ignore_errors=True)
                     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-                else:
+                elif target.parent.exists():  # else the base does not have the op
                     shutil.copyfile(source, target)
             yield path
         finally:
@@ -106,12 +111,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="samples of each revision")
     parser.add_argument("--full", action="store_true", help="all cases, not the quick set")
     arguments = parser.parse_args()
+    keys = ("op", "case", "dtype", "direction")
     rows = [
-        {"case": case.name, "dtype": dtype_name(dtype), "direction": direction}
-        for case in SPEED
-        if arguments.full or case.quick
-        for dtype in case.dtypes
-        for direction in ("forward", "backward")
+        dict(zip(keys, group.key, strict=True)) for group in groups(arguments.full, suite.names())
     ]
     rows = [row for row in rows if arguments.k in "-".join(row.values())]
     if not rows:

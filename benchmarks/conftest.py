@@ -1,12 +1,13 @@
 """Options, fixtures and the closing table of the benchmarks.
 
-pytest benchmarks --benchmark-only [--full] [--device cpu|cuda] [--seconds S] [--save-result]
+pytest benchmarks --benchmark-only [--op NAME ...] [--full] [--device cpu|cuda] [--seconds S]
+    [--save-result]
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,9 @@ import pytest
 import torch
 import torch._functorch.config
 
-from benchmarks import machine, report, table
+from benchmarks import machine, report, suite, table
 from benchmarks.measure import Group, Measurements, RowResult
-from benchmarks.roof import Roof, measure_roof
-from hierkernels.ops.attention.spec import SPEED_DTYPES
+from benchmarks.roof import RoofMeter
 
 HERE = Path(__file__).resolve().parent
 LATEST = HERE / "report" / "latest.json"
@@ -26,17 +26,20 @@ LATEST = HERE / "report" / "latest.json"
 # Rounds of backward keep the graph; compiled graphs must then not give their buffers away.
 torch._functorch.config.donated_buffer = False
 
-_roof = pytest.StashKey[Roof]()
+_roof = pytest.StashKey[RoofMeter]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hierkernels benchmarks")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption(
+        "--op", action="append", choices=suite.names(), help="only this suite; may be repeated"
+    )
     group.addoption("--full", action="store_true", help="all cases and peers, not the quick set")
     group.addoption(
         "--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s"
     )
-    group.addoption("--seconds", type=float, default=0.6, help="timing budget of a group")
+    group.addoption("--seconds", type=float, default=0.5, help="timing budget of a group")
     group.addoption(
         "--save-result",
         action="store_true",
@@ -45,9 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    machine.keep_freed_memory()
-    LATEST.parent.mkdir(parents=True, exist_ok=True)
     config.option.benchmark_json = config.option.benchmark_json or str(LATEST)
+    Path(config.option.benchmark_json).parent.mkdir(parents=True, exist_ok=True)
     # torch.compile imports a deprecated part of PyTorch itself.
     config.addinivalue_line("filterwarnings", "ignore:.*script_method:DeprecationWarning")
     if not config.option.benchmark_verbose:
@@ -56,8 +58,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     info = machine.machine_info(config.getoption("device"))
-    roof = config.stash.get(_roof, None)
-    return info | ({"roof": asdict(roof)} if roof else {})
+    meter = config.stash.get(_roof, None)
+    return info | ({"roof": asdict(meter.roof)} if meter else {})
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Adds the share of the roof, which is known when the run is over."""
+    if meter := config.stash.get(_roof, None):
+        for record in output_json["benchmarks"]:
+            info = record["extra_info"]
+            if "flops" in info:
+                info["roof_share"] = meter.roof.share(info, record["stats"]["median"])
 
 
 def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
@@ -79,15 +90,19 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def measurements(request: pytest.FixtureRequest, say: Callable[[str], None]) -> Measurements:
+def measurements(
+    request: pytest.FixtureRequest, say: Callable[[str], None]
+) -> Iterator[Measurements]:
     config = request.config
-    device = config.getoption("device")
-    total = len({params["group"] for params in _parameters(request) if "group" in params})
-    say("roof: measuring a large matrix product and a large copy")
-    roof = config.stash[_roof] = measure_roof(device, SPEED_DTYPES)
-    rates = ", ".join(f"{name} {rate * 1e-9:.0f} GFLOP/s" for name, rate in roof.flops.items())
-    say(f"roof: {rates}, copy {roof.copy * 1e-9:.1f} GB/s")
-    return Measurements(device, roof, config.getoption("seconds"), say, total)
+    groups = {params["group"] for params in _parameters(request) if "group" in params}
+    dtypes = sorted({group.dtype for group in groups}, key=str)
+    say("roof: measuring large matrix products and a large copy")
+    meter = config.stash[_roof] = RoofMeter(config.getoption("device"), dtypes)
+    meter.probe()
+    say(f"roof: {meter.roof}")
+    yield Measurements(meter, config.getoption("seconds"), say, len(groups))
+    meter.probe()
+    say(f"roof: {meter.roof}")
 
 
 def _parameters(request: pytest.FixtureRequest) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ Nothing here names a host, a user or a path.
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import re
 import subprocess
@@ -37,7 +36,6 @@ def machine_info(device: str) -> dict[str, Any]:
         "cpu": cpu_model(),
         "isa": isa(),
         "threads": torch.get_num_threads(),
-        "freed_memory_kept": keep_freed_memory(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "hierkernels": hk.__version__,
@@ -49,21 +47,6 @@ def machine_info(device: str) -> dict[str, Any]:
         info["capability"] = f"sm_{properties.major}{properties.minor}"
         info["cuda"] = torch.version.cuda
     return info
-
-
-def keep_freed_memory() -> bool:
-    """Tells glibc's malloc to keep what is freed; False where there is no glibc.
-
-    Otherwise large results are given back to the system and mapped anew from call to call, and page
-    faults, which are the allocator's and come and go, take longer than the kernels. Applies to the
-    whole process, so to every row alike.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(mmap_threshold, 32 << 20)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
 def slug(info: dict[str, Any]) -> str:

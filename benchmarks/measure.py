@@ -1,39 +1,53 @@
 """One measurement of a whole group: check every row, then time all of them interleaved.
 
-A row that breaks the accuracy rule fails and is not timed. The oracle of a long case looks at every
-CHECK_STEPth query only: the check runs the row on the full-size problem with dout zero at all other
-queries, so out, dq and lse are compared at those rows, and dk, dv and dbias everywhere.
+A row that breaks the accuracy rule fails and is not timed. Every row writes its results to memory
+that PyTorch's allocator hands out as it does for a user: on the CPU, large results are mapped anew
+from call to call, and the page faults are part of the time, for every row alike.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from benchmarks import clock, memory
-from benchmarks.roof import Roof
-from benchmarks.rows import Candidate, Unsupported, candidates
-from hierkernels import testing
-from hierkernels.ops.attention.spec import Case, dtype_name
-
-CHECK_SCORES = 2**22  # a case with more (query, key) pairs is checked on some of its queries
-CHECK_STEP, CHECK_START = 61, 7  # prime, so that the queries fall on every place of a tile
+from benchmarks.roof import RoofMeter
+from benchmarks.suite import Candidate, Problem, Suite, Unsupported, load
+from hierkernels.ops.attention.spec import dtype_name
 
 
 @dataclass(frozen=True)
 class Group:
     """What the rows of a group have in common."""
 
-    case: Case
+    suite: Suite
+    case: Any  # of the suite's cases
     dtype: torch.dtype
-    direction: str  # "forward" | "backward"
+    direction: str  # one of the suite's: "forward", "backward", "step"
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """Names of op, case, dtype and direction."""
+        return self.suite.name, self.case.name, dtype_name(self.dtype), self.direction
 
     def __str__(self) -> str:
-        return f"attention · {self.case.name} · {dtype_name(self.dtype)} · {self.direction}"
+        return " · ".join(self.key)
+
+
+def groups(full: bool, names: Sequence[str]) -> list[Group]:
+    """The groups of some suites, in the quick or the full set."""
+    return [
+        Group(suite, case, dtype, direction)
+        for suite in map(load, names)
+        for case in suite.cases
+        if full or case.quick
+        for dtype in case.dtypes
+        for direction in suite.directions
+    ]
 
 
 @dataclass
@@ -46,69 +60,17 @@ class RowResult:
     failed: str = ""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The inputs of a case and dtype, and what results are judged by."""
-
-    inputs: testing.Inputs
-    checked: slice  # the queries that the standard has
-    standard: testing.Standard
-
-    @staticmethod
-    def make(case: Case, dtype: torch.dtype, device: str) -> Problem:
-        inputs = testing.make_inputs(case, dtype, device)
-        checked, judged = slice(None), inputs
-        if case.B * case.Hq * case.Nq * case.Nk > CHECK_SCORES:
-            checked = slice(CHECK_START, None, CHECK_STEP)
-            judged = inputs.thin(CHECK_START, CHECK_STEP)
-        return Problem(inputs, checked, testing.make_standard(judged))
-
-    def check(self, candidate: Candidate, direction: str) -> dict[str, testing.Errors]:
-        """The errors of out, or of all gradients. Raises AssertionError if one is too large."""
-        if direction == "forward":
-            with torch.no_grad():
-                out = candidate.function(candidate.inputs)
-            return self.standard.check({"out": out[:, :, self.checked]})
-        dout = torch.zeros_like(candidate.inputs.dout)
-        dout[:, :, self.checked] = candidate.inputs.dout[:, :, self.checked]
-        inputs = replace(candidate.inputs, dout=dout).requires_grad()
-        grads = testing.differentiate(inputs, candidate.function(inputs), None)
-        grads["dq"] = grads["dq"][:, :, self.checked]
-        if "dbias" in grads and grads["dbias"].shape[2] > 1:
-            grads["dbias"] = grads["dbias"][:, :, self.checked]
-        return self.standard.check(grads)
-
-
-def bind(candidate: Candidate, direction: str) -> Callable[[], Sequence[torch.Tensor]]:
-    """The call that is timed: forward without a graph, or backward on a graph that is kept."""
-    if direction == "forward":
-
-        def forward() -> Sequence[torch.Tensor]:
-            with torch.no_grad():
-                return (candidate.function(candidate.inputs),)
-
-        return forward
-    inputs = candidate.inputs.requires_grad()
-    out = candidate.function(inputs)
-    wanted = list(inputs.differentiable().values())
-
-    def backward() -> Sequence[torch.Tensor]:
-        return torch.autograd.grad(out, wanted, inputs.dout, retain_graph=True)
-
-    return backward
-
-
 class Measurements:
     """Measures groups on first use and keeps the results; keeps one problem at a time."""
 
     def __init__(
-        self, device: str, roof: Roof, budget_s: float, say: Callable[[str], None], total: int
+        self, roof: RoofMeter, budget_s: float, say: Callable[[str], None], total: int
     ) -> None:
-        self.device, self.roof, self.budget_s = device, roof, budget_s
+        self.device, self.roof, self.budget_s = roof.device, roof, budget_s
         self.say, self.total = say, total  # total: groups to come, for the progress line
-        self.clock = clock.make_clock(device)
+        self.clock = clock.make_clock(self.device)
         self.results: dict[Group, dict[str, RowResult]] = {}
-        self._problem: tuple[tuple[Case, torch.dtype], Problem] | None = None
+        self._problem: tuple[tuple[Suite, Any, torch.dtype], Problem] | None = None
 
     def group(self, group: Group, rows: Sequence[str]) -> dict[str, RowResult]:
         """The results of the rows, by name."""
@@ -118,12 +80,13 @@ class Measurements:
         return self.results[group]
 
     def _problem_of(self, group: Group) -> Problem:
-        key = (group.case, group.dtype)
+        key = (group.suite, group.case, group.dtype)
         if self._problem is None or self._problem[0] != key:
             self._problem = None  # frees the old one first
             torch.compiler.reset()
             gc.collect()
-            self._problem = (key, Problem.make(*key, self.device))
+            self.roof.probe_again()
+            self._problem = (key, group.suite.problem(group.case, group.dtype, self.device))
         return self._problem[1]
 
     def _measure(self, group: Group, rows: Sequence[str]) -> dict[str, RowResult]:
@@ -139,17 +102,17 @@ class Measurements:
                 result.failed = f"wrong result, not timed: {error}"
         for row, samples in clock.interleave(self.clock, runs, self.budget_s).items():
             results[row].samples = samples
-            self._rate(group, results[row])
+            self._describe(group, results[row])
         return results
 
     def _prepare(self, row: str, group: Group, problem: Problem, result: RowResult) -> clock.Run:
         """The row's quickest candidate that works, checked. Fills in errors and peak memory."""
-        best: tuple[float, Candidate, dict[str, testing.Errors], clock.Run] | None = None
-        choices = list(candidates(row, problem.inputs, group.direction))
+        best: tuple[float, Candidate, dict[str, float], clock.Run] | None = None
+        choices = list(group.suite.candidates(row, problem.inputs, group.direction))
         for candidate in choices:
             try:
                 errors = problem.check(candidate, group.direction)
-                run = bind(candidate, group.direction)
+                run = problem.bind(candidate, group.direction)
                 seconds = clock.quickest(self.clock, run) if len(choices) > 1 else 0.0
             except AssertionError:
                 raise
@@ -165,29 +128,29 @@ class Measurements:
         result.skipped = ""
         _, candidate, errors, run = best
         result.extra_info = {
-            "errors": {name: error.largest for name, error in errors.items()},
+            "errors": errors,
             "peak_extra_bytes": memory.peak_extra(run, self.device),
             "variant": candidate.label,
         }
         return self.clock.prepare(run)
 
-    def _rate(self, group: Group, result: RowResult) -> None:
-        """Adds FLOPs, bytes, rates and the share of the roof, at the median time."""
-        case = group.case
+    def _describe(self, group: Group, result: RowResult) -> None:
+        """Adds FLOPs, bytes, and rates at the median time; the run's end adds the roof's share."""
         seconds = median(result.samples)
-        flops = case.flops(group.direction)
-        nbytes = case.bytes(group.dtype, group.direction)
+        flops = group.case.flops(group.direction)
+        nbytes = group.case.bytes(group.dtype, group.direction)
+        op, case, dtype, direction = group.key
         result.extra_info |= {
             "flops": flops,
             "bytes": nbytes,
             "gflop_per_s": flops / seconds * 1e-9,
             "gb_per_s": nbytes / seconds * 1e-9,
-            "roof_share": self.roof.seconds(flops, nbytes, group.dtype) / seconds,
-            "shape": [case.B, case.Hq, case.Hkv, case.Nq, case.Nk, case.D, case.Dv],
-            "case": case.name,
-            "case_group": case.group,
-            "dtype": dtype_name(group.dtype),
-            "direction": group.direction,
+            "shape": group.suite.shape(group.case),
+            "op": op,
+            "case": case,
+            "case_group": group.case.group,
+            "dtype": dtype,
+            "direction": direction,
         }
 
     def _progress(self, group: Group) -> str:

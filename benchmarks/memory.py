@@ -1,8 +1,8 @@
 """Peak extra memory: what a call holds beyond its inputs and outputs.
 
 On the CPU this is the high-water mark of the resident set, so scratch memory of native code counts.
-`python -m benchmarks.memory BACKEND N` measures attention in a process of its own, where memory
-that a library keeps from call to call counts as well; it prints one line of JSON.
+`python -m benchmarks.memory SUITE ROW N` measures a row in a process of its own, where memory that
+a library keeps from call to call counts as well; it prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -18,13 +18,9 @@ from pathlib import Path
 
 import torch
 
-from hierkernels import testing
-from hierkernels.ops.attention.spec import Case
+from benchmarks.suite import differentiate, load
 
 ROOT = Path(__file__).resolve().parent.parent
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
-QUICK_LENGTHS = (1024, 4096, 16384)
-HEADS, CHANNELS = 1, 64  # one head: the eager reference at N = 16384 then needs some 6 GB
 
 
 def _status(field: str) -> int:
@@ -70,34 +66,32 @@ def peak_extra(run: Callable[[], Sequence[torch.Tensor]], device: str) -> int | 
     return max(0, peak - sum(t.nbytes for t in outputs))
 
 
-def eager_needs(n: int) -> int:
-    """Bytes that the eager reference needs at length n: up to six (N, N) tensors at a time."""
-    return 6 * HEADS * n * n * 4
+def measure_here(suite_name: str, row: str, n: int) -> dict[str, float | None]:
+    """Peak extra bytes and seconds of one forward and backward, float32, of a suite's sweep."""
+    suite = load(suite_name)
+    assert suite.memory is not None, f"{suite_name} has no memory sweep"
 
+    def prepare(n: int) -> Callable[[], Sequence[torch.Tensor]]:
+        inputs = suite.inputs(suite.memory.case(n), torch.float32, "cpu")
+        candidate = next(iter(suite.candidates(row, inputs, "backward")))
 
-def length_case(n: int) -> Case:
-    """Causal attention of N tokens, the case of the memory group."""
-    return Case(f"memory-n{n}", 1, HEADS, HEADS, n, n, CHANNELS, CHANNELS, is_causal=True)
+        def run() -> Sequence[torch.Tensor]:
+            inputs = candidate.inputs.requires_grad()
+            out = candidate.function(inputs)
+            return [out, *differentiate(inputs, out).values()]
 
+        return run
 
-def measure_here(backend: str, n: int) -> dict[str, float | None]:
-    """Peak extra bytes and seconds of one forward and backward, float32."""
-
-    def attend(inputs: testing.Inputs) -> list[torch.Tensor]:
-        inputs = inputs.requires_grad()
-        out, lse = inputs.run(backend)
-        return [out, lse, *testing.differentiate(inputs, out, lse).values()]
-
-    attend(testing.make_inputs(length_case(16), torch.float32))  # loads the code
-    inputs = testing.make_inputs(length_case(n), torch.float32)
+    prepare(suite.memory.lengths[0] // 4)()  # loads the code
+    run = prepare(n)
     start = time.perf_counter()
-    peak = peak_extra(lambda: attend(inputs), "cpu")
+    peak = peak_extra(run, "cpu")
     return {"peak_extra_bytes": peak, "seconds": time.perf_counter() - start}
 
 
-def measure(backend: str, n: int) -> dict[str, float | None]:
+def measure(suite_name: str, row: str, n: int) -> dict[str, float | None]:
     """measure_here in a fresh process. Raises RuntimeError with its last words if it fails."""
-    command = [sys.executable, "-m", "benchmarks.memory", backend, str(n)]
+    command = [sys.executable, "-m", "benchmarks.memory", suite_name, row, str(n)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
@@ -106,4 +100,4 @@ def measure(backend: str, n: int) -> dict[str, float | None]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_here(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(measure_here(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

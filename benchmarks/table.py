@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.rows import PEER_ROWS
+from benchmarks import suite
 
 HIERKERNELS_ROWS = ("cuda", "triton", "cpu")
+FIRST_OP = "attention"  # of results from before there were others, which name none
 
 
 @dataclass(frozen=True)
 class Line:
     """A group's rows, by name: pytest-benchmark's records of them."""
 
+    op: str
     case_group: str
     case: str
     dtype: str
@@ -45,41 +47,70 @@ def collect(data: dict[str, Any]) -> list[Line]:
         info = record["extra_info"]
         if info.get("case_group") in (None, "memory"):
             continue
-        key = (info["case_group"], info["case"], info["dtype"], info["direction"])
+        key = (_op(info), info["case_group"], info["case"], info["dtype"], info["direction"])
         lines.setdefault(key, Line(*key, {})).rows[info["row"]] = record
     return list(lines.values())
 
 
-def memory_peaks(data: dict[str, Any]) -> dict[str, dict[int, int]]:
-    """Peak extra bytes by row and length."""
+def _op(info: dict[str, Any]) -> str:
+    return info.get("op", FIRST_OP)
+
+
+def ops(data: dict[str, Any]) -> list[str]:
+    """The ops of a result, in the order they were measured."""
+    return list(dict.fromkeys(_op(record["extra_info"]) for record in data["benchmarks"]))
+
+
+def peers(lines: list[Line]) -> list[str]:
+    """The rows besides hierkernels' of one op's lines, in the order of its suite."""
+    found = {row for line in lines for row in line.rows} - set(HIERKERNELS_ROWS)
+    known = [row for line in lines[:1] for row in _known_peers(line.op) if row in found]
+    return [*known, *sorted(found.difference(known))]
+
+
+def _known_peers(op: str) -> list[str]:
+    return list(suite.load(op).peers) if op in suite.names() else []
+
+
+def memory_peaks(data: dict[str, Any], op: str) -> dict[str, dict[int, int]]:
+    """Peak extra bytes by row and length of an op."""
     peaks: dict[str, dict[int, int]] = {}
     for record in data["benchmarks"]:
         info = record["extra_info"]
-        if info.get("case_group") == "memory":
+        if info.get("case_group") == "memory" and _op(info) == op:
             peaks.setdefault(info["row"], {})[info["n"]] = info["peak_extra_bytes"]
     return peaks
 
 
 def lines(data: dict[str, Any]) -> Iterator[str]:
-    """The terminal table."""
-    case_width = max((len(line.case) for line in collect(data)), default=0)
-    peers = "".join(f"{peer + ' x':>11}" for peer in PEER_ROWS)
-    yield f"{'case':{case_width}}  dtype     pass      backend         ms   roof{peers}"
-    for line in collect(data):
+    """The terminal table: a part for each op, with its own peers."""
+    measured = collect(data)
+    width = max((len(line.case) for line in measured), default=0)
+    for op in ops(data):
+        own = [line for line in measured if line.op == op]
+        if own:
+            yield from _part(op, own, width)
+        peaks = memory_peaks(data, op)
+        for n in sorted({n for by_length in peaks.values() for n in by_length}):
+            found = ", ".join(
+                f"{row} {peaks[row][n] / 2**20:.1f} MiB" for row in peaks if n in peaks[row]
+            )
+            yield f"{op}: peak extra memory, forward and backward, N = {n}: {found}"
+    yield "x: the peer's time over hierkernels' (where no backend of it ran, the peer's ms)"
+
+
+def _part(op: str, lines: list[Line], width: int) -> Iterator[str]:
+    columns = peers(lines)
+    header = "".join(f"{peer + ' x':>12}" for peer in columns)
+    yield f"{op:{width}}  dtype     pass      backend         ms   roof{header}"
+    for line in lines:
         ours = line.ours
         own = f"{'-':8}{'-':>10}{'-':>7}"
         if ours:
             share = line.rows[ours]["extra_info"]["roof_share"]
             own = f"{ours:8}{line.seconds(ours) * 1e3:10.4g}{share:7.0%}"
-        peers = "".join(f"{_peer(line, peer):>11}" for peer in PEER_ROWS)
-        yield f"{line.case:{case_width}}  {line.dtype:9} {line.direction:9} {own}{peers}"
-    yield "x: the peer's time over hierkernels' (where no backend of it ran, the peer's ms)"
-    peaks = memory_peaks(data)
-    for n in sorted({n for by_length in peaks.values() for n in by_length}):
-        found = ", ".join(
-            f"{row} {peaks[row][n] / 2**20:.1f} MiB" for row in peaks if n in peaks[row]
-        )
-        yield f"peak extra memory, forward and backward, N = {n}: {found}"
+        cells = "".join(f"{_peer(line, peer):>12}" for peer in columns)
+        yield f"{line.case:{width}}  {line.dtype:9} {line.direction:9} {own}{cells}"
 
 
 def _peer(line: Line, peer: str) -> str:

@@ -1,53 +1,119 @@
-"""The rows of a group: hierkernels' backends and the peers, as functions of the same inputs.
-
-A row may have several candidates (memory layouts, kernels of one library): the quickest counts.
-"""
+"""hk.attention against eager PyTorch, torch.compile of it, SDPA and flex_attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from hierkernels import dispatch
+from benchmarks.suite import (
+    BACKEND_ROWS,
+    Candidate,
+    MemorySweep,
+    OpProblem,
+    Suite,
+    Sweep,
+    Unsupported,
+)
+from hierkernels import dispatch, testing
 from hierkernels.ops.attention import reference
+from hierkernels.ops.attention.spec import SPEED, Case
 from hierkernels.testing import Inputs
-
-BACKEND_ROWS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-PEER_ROWS = ("eager", "sdpa", "compiled", "flex")
 
 Function = Callable[[Inputs], torch.Tensor]  # inputs -> out (B, Hq, Nq, Dv)
 
+CHECK_SCORES = 2**22  # a case with more (query, key) pairs is checked on some of its queries
+CHECK_START, CHECK_STEP = 7, 61  # prime, so that the queries fall on every place of a tile
 
-class Unsupported(Exception):
-    """The row cannot compute the case; the message says why."""
+# Peers that compile for each shape take most of a run: the quick set has them once.
+# The eager reference takes long, and gigabytes, beyond 1024 tokens: the full set has it.
+COMPILING_ROWS = ("compiled", "flex")
+COMPILED_IN_QUICK = ("long-1x8x2048x64",)
+EAGER_SCORES_IN_QUICK = 8 * 1024**2
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to compute a row: the function, the inputs in the layout it wants, and its name."""
-
-    function: Function
-    inputs: Inputs
-    label: str = ""
+MEMORY_HEADS, MEMORY_CHANNELS = 1, 64  # one head: eager at N = 16384 then needs some 6 GB
 
 
-def candidates(row: str, inputs: Inputs, direction: str) -> Iterator[Candidate]:
-    """The ways to compute a row. Raises Unsupported."""
-    if row in dispatch.BACKENDS:
-        yield _backend(row, inputs)
-    elif row == "eager":
-        yield Candidate(_eager, inputs)
-    elif row == "compiled":
-        yield Candidate(torch.compile(_eager, dynamic=False, fullgraph=True), inputs)
-    elif row == "sdpa":
-        yield from _sdpa(inputs, direction)
-    elif row == "flex":
-        yield _flex(inputs, direction)
-    else:
-        raise ValueError(f"unknown row {row!r}")
+def _memory_case(n: int) -> Case:
+    heads, d = MEMORY_HEADS, MEMORY_CHANNELS
+    return Case(f"memory-n{n}", 1, heads, heads, n, n, d, d, is_causal=True)
+
+
+def _memory_needs(row: str, n: int) -> float:
+    """Eager PyTorch holds up to six (N, N) tensors at a time."""
+    return 6 * MEMORY_HEADS * n * n * 4 if row == "eager" else 0
+
+
+class AttentionSuite(Suite):
+    """Causal, grouped, biased, masked, padded and windowed attention, long and short."""
+
+    name = "attention"
+    peers: ClassVar = {
+        "eager": "eager reference",
+        "sdpa": "F.scaled_dot_product_attention",
+        "compiled": "torch.compile",
+        "flex": "flex_attention",
+    }
+    yardstick = "sdpa"
+    charted = ("long", "short")
+    cases = SPEED
+    sweeps = (
+        Sweep(
+            "time",
+            "Causal attention, (1, 8, N, 64)",
+            "N",
+            {c.name: c.Nq for c in SPEED if c.name == f"long-1x8x{c.Nq}x64"},
+        ),
+    )
+    memory = MemorySweep(
+        f"causal, (1, {MEMORY_HEADS}, N, {MEMORY_CHANNELS})",
+        _memory_case,
+        rows=("cpu", "eager"),
+        lengths=(1024, 2048, 4096, 8192, 16384),
+        quick_lengths=(1024, 16384),
+        needs=_memory_needs,
+    )
+
+    def rows(self, case: Case, device: str, full: bool) -> list[str]:
+        peers = list(self.peers)
+        if not full:
+            if case.name not in COMPILED_IN_QUICK:
+                peers = [row for row in peers if row not in COMPILING_ROWS]
+            if case.B * case.Hq * case.Nq * case.Nk > EAGER_SCORES_IN_QUICK:
+                peers.remove("eager")
+        return [*BACKEND_ROWS[device], *peers]
+
+    def shape(self, case: Case) -> list[int]:
+        return [case.B, case.Hq, case.Hkv, case.Nq, case.Nk, case.D, case.Dv]
+
+    def inputs(self, case: Case, dtype: torch.dtype, device: str) -> Inputs:
+        return testing.make_inputs(case, dtype, device)
+
+    def problem(self, case: Case, dtype: torch.dtype, device: str) -> OpProblem:
+        inputs = self.inputs(case, dtype, device)
+        checked, judged = slice(None), inputs
+        if case.B * case.Hq * case.Nq * case.Nk > CHECK_SCORES:
+            checked = slice(CHECK_START, None, CHECK_STEP)
+            judged = inputs.thin(CHECK_START, CHECK_STEP)
+        queries = {"out": 2, "dq": 2, "dbias": 2}
+        return OpProblem(inputs, testing.make_standard(judged), queries, checked)
+
+    def candidates(self, row: str, inputs: Inputs, direction: str) -> Iterator[Candidate]:
+        if row in dispatch.BACKENDS:
+            yield _backend(row, inputs)
+        elif row == "eager":
+            yield Candidate(_eager, inputs)
+        elif row == "compiled":
+            yield Candidate(torch.compile(_eager, dynamic=False, fullgraph=True), inputs)
+        elif row == "sdpa":
+            yield from _sdpa(inputs, direction)
+        elif row == "flex":
+            yield _flex(inputs, direction)
+        else:
+            raise ValueError(f"unknown row {row!r}")
 
 
 def _backend(name: str, inputs: Inputs) -> Candidate:
@@ -184,3 +250,6 @@ def _index(t: torch.Tensor, *indices: torch.Tensor) -> Iterator[torch.Tensor | i
     """The indices of a broadcast tensor: 0 in dimensions of size 1."""
     for size, index in zip(t.shape, indices, strict=True):
         yield 0 if size == 1 else index
+
+
+SUITE = AttentionSuite()

@@ -1,0 +1,1 @@
+"""One file for each op or model that is measured; see benchmarks/suite.py."""

@@ -1,0 +1,271 @@
+"""Whole models: one training step, forward and backward, against the packages they come from.
+
+All rows have the same weights and the same bytes. The step's loss and its gradient, all parameters
+taken together, are judged by the accuracy rule: the error against our model on the reference
+backend in float64 is at most twice that of the reference backend in the row's precision, plus the
+rounding of the result. bfloat16 means autocast.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import hierkernels as hk
+from benchmarks.suite import BACKEND_ROWS, Candidate, Problem, Suite, Unsupported
+from python_models import MEGABYTE, gMLPGPT
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of ours, the package it comes from, and its loss."""
+
+    ours: Callable[..., nn.Module]
+    package: str  # its module
+    name: str  # of the class in it
+    variants: tuple[dict[str, Any], ...]  # further options of the package: the quickest counts
+    loss: Callable[[nn.Module, Tensor], Tensor]
+
+
+def _megabyte_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids, return_loss=True)
+
+
+def _next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    logits = model(ids)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+MODELS = {
+    "megabyte": Model(
+        MEGABYTE,
+        "MEGABYTE_pytorch",
+        "MEGABYTE",
+        ({"flash_attn": False}, {"flash_attn": True}),
+        _megabyte_loss,
+    ),
+    "gmlp-gpt": Model(gMLPGPT, "g_mlp_gpt", "gMLPGPT", ({},), _next_token_loss),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of one size and the bytes it reads."""
+
+    name: str
+    model: str
+    length: int  # bytes of a sequence
+    options: tuple[tuple[str, Any], ...]  # of the constructor of both
+    batch: int = 1
+    group: str = "step"
+    quick: bool = True
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+    def build(self) -> nn.Module:
+        """Our model; its weights depend on the case alone, and none is 0."""
+        torch.manual_seed(0)
+        model = MODELS[self.model].ours(**dict(self.options))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.02 * torch.randn_like(parameter)
+        return model
+
+    def ids(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(256, (self.batch, self.length), generator=generator)
+
+    def flops(self, direction: str) -> float:
+        """Of the products of a step; see Oracle."""
+        return _oracle(self).flops
+
+    def bytes(self, dtype: torch.dtype, direction: str) -> int:
+        """Every parameter read in forward and backward, its gradient written."""
+        return 3 * sum(p.nbytes for p in self.build().parameters())
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A step of our model on the reference backend in float64, on the CPU."""
+
+    loss: float
+    gradient: Tensor  # of all parameters, flat
+    flops: float  # of the products; batched ones, under a triangular mask, count half
+
+
+@functools.lru_cache(maxsize=1)
+def _oracle(case: Case) -> Oracle:
+    inputs = Inputs(case, torch.float64, "cpu", {}, case.ids())
+    with FlopCounterMode(display=False) as counter:
+        loss, grads = Step(inputs, case.build().double(), "reference").run()
+    counts = counter.get_flop_counts()["Global"]
+    flops = sum(n / 2 if op == torch.ops.aten.bmm else n for op, n in counts.items())
+    return Oracle(loss.item(), _flat(grads), float(flops))
+
+
+MEGABYTE_OPTIONS = (
+    ("num_tokens", 257), ("pad_id", 256), ("dim", (256, 128)), ("depth", (2, 1)),
+    ("max_seq_len", (1024, 8)), ("dim_head", 64), ("heads", 4), ("rel_pos", True),
+)  # fmt: skip
+GMLP_OPTIONS = (
+    ("num_tokens", 256), ("dim", 256), ("depth", 2), ("seq_len", 2048), ("heads", 4),
+)  # fmt: skip
+
+CASES = (
+    Case("megabyte-8192", "megabyte", 8192, MEGABYTE_OPTIONS),
+    Case("gmlp-gpt-2048", "gmlp-gpt", 2048, GMLP_OPTIONS),
+    Case(
+        "gmlp-gpt-2048-w128",
+        "gmlp-gpt",
+        2048,
+        (*GMLP_OPTIONS, ("window", 128)),
+        quick=False,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every row of a case shares."""
+
+    case: Case
+    dtype: torch.dtype
+    device: str
+    state: dict[str, Tensor]
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """A model with its weights, and the way it is run."""
+
+    inputs: Inputs
+    module: nn.Module
+    backend: str | None
+
+    def context(self) -> AbstractContextManager[Any]:
+        if self.inputs.dtype == torch.bfloat16:
+            return torch.autocast(self.inputs.device, torch.bfloat16)
+        return nullcontext()
+
+    def run(self) -> tuple[Tensor, list[Tensor]]:
+        """The loss and the gradient of every parameter; None counts as 0."""
+        parameters = list(self.module.parameters())
+        with hk.use_backend(self.backend):
+            with self.context():
+                loss = MODELS[self.inputs.case.model].loss(self.module, self.inputs.ids)
+            loss.backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.module.zero_grad(set_to_none=True)
+        return loss.detach(), grads
+
+
+@dataclass(frozen=True)
+class StepProblem(Problem):
+    """Judges a step by the loss and by the whole gradient's error over its length."""
+
+    inputs: Inputs
+    oracle: Oracle
+    allowed: dict[str, float]
+
+    @staticmethod
+    def make(inputs: Inputs) -> StepProblem:
+        problem = StepProblem(inputs, _oracle(inputs.case), {})
+        eager = Step(inputs, inputs.case.build().to(inputs.device), "reference").run()
+        # The loss is a mean over tokens: each rounded in the dtype, the sum and itself in float32.
+        eps, accumulator = (torch.finfo(t).eps for t in (inputs.dtype, torch.float32))
+        loss = abs(problem.oracle.loss)
+        rounding = {
+            "loss": (eps * inputs.ids.numel() ** -0.5 + 2 * accumulator) * loss,
+            "gradient": eps,
+        }
+        problem.allowed.update(
+            {name: 2 * error + rounding[name] for name, error in problem.errors(*eager).items()}
+        )
+        return problem
+
+    def errors(self, loss: Tensor, grads: Sequence[Tensor]) -> dict[str, float]:
+        """Of the loss; of the gradient as a whole, over its length."""
+        gradient = self.oracle.gradient
+        return {
+            "loss": abs(loss.item() - self.oracle.loss),
+            "gradient": ((_flat(grads) - gradient).norm() / gradient.norm()).item(),
+        }
+
+    def check(self, candidate: Candidate, direction: str) -> dict[str, float]:
+        errors = self.errors(*candidate.inputs.run())
+        failures = [
+            f"{name}: error {error:.3g}, allowed {self.allowed[name]:.3g}"
+            for name, error in errors.items()
+            if not error <= self.allowed[name]
+        ]
+        if failures:
+            raise AssertionError("; ".join(failures))
+        return errors
+
+    def bind(self, candidate: Candidate, direction: str) -> Callable[[], Sequence[Tensor]]:
+        def step() -> Sequence[Tensor]:
+            loss, grads = candidate.inputs.run()
+            return (loss, *grads)
+
+        return step
+
+
+def _flat(grads: Sequence[Tensor]) -> Tensor:
+    return torch.cat([g.flatten().double().cpu() for g in grads])
+
+
+class TrainingStepSuite(Suite):
+    """MEGABYTE against megabyte-pytorch, gMLPGPT against g-mlp-gpt."""
+
+    name = "training_step"
+    peers: ClassVar = {"eager": "the same model, reference backend", "package": "original package"}
+    yardstick = "package"
+    cases = CASES
+    directions = ("step",)
+
+    def rows(self, case: Case, device: str, full: bool) -> list[str]:
+        peers = [row for row in self.peers if full or row != "eager"]  # a step takes a second
+        return [*BACKEND_ROWS[device], *peers]
+
+    def shape(self, case: Case) -> list[int]:
+        return [case.batch, case.length]
+
+    def inputs(self, case: Case, dtype: torch.dtype, device: str) -> Inputs:
+        return Inputs(case, dtype, device, case.build().state_dict(), case.ids().to(device))
+
+    def problem(self, case: Case, dtype: torch.dtype, device: str) -> StepProblem:
+        return StepProblem.make(self.inputs(case, dtype, device))
+
+    def candidates(self, row: str, inputs: Inputs, direction: str) -> Iterator[Candidate]:
+        model = MODELS[inputs.case.model]
+        if row == "package":
+            try:
+                build = getattr(importlib.import_module(model.package), model.name)
+            except ImportError as error:
+                raise Unsupported(f"install requirements-peers.txt: {error}") from error
+            for variant in model.variants:
+                label = ", ".join(f"{name}={value}" for name, value in variant.items())
+                yield self._candidate(functools.partial(build, **variant), inputs, None, label)
+        else:
+            backend = "reference" if row == "eager" else row
+            yield self._candidate(model.ours, inputs, backend, "")
+
+    def _candidate(
+        self, build: Callable[..., nn.Module], inputs: Inputs, backend: str | None, label: str
+    ) -> Candidate:
+        module = build(**dict(inputs.case.options))
+        module.load_state_dict(inputs.state)
+        step = Step(inputs, module.to(inputs.device), backend)
+        return Candidate(lambda step: step.run()[0], step, label)
+
+
+SUITE = TrainingStepSuite()
