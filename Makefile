@@ -20,6 +20,7 @@ test: build
 # Triton kernels for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory.
 compile-gpu: build
 	$(BIN)/python -m hierkernels.ops.attention.aot
+	$(BIN)/python -m hierkernels.ops.causal_sgu.aot
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

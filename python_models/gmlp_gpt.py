@@ -128,25 +128,8 @@ class TinyAttention(nn.Module):
         if self.window is None:
             out = hk.attention(q, k, v, is_causal=True)
         else:
-            out = self._windowed(q, k, v, self.window)
+            out = hk.local_attention(q, k, v, self.window, zero_lookback=self.upstream_quirks)
         return self.to_out(rearrange(out, "b 1 n d -> b n d"))
-
-    def _windowed(self, q: Tensor, k: Tensor, v: Tensor, w: int) -> Tensor:
-        """Every block of queries with its two blocks of keys, as a batch of short sequences."""
-        batch, _, n, _ = q.shape
-        q, k, v = (F.pad(t, (0, 0, 0, -n % w)) for t in (q, k, v))
-        q = rearrange(q, "b 1 (c w) d -> (b c) 1 w d", w=w)
-        k, v = (
-            rearrange(F.pad(t, (0, 0, w, 0)).unfold(2, 2 * w, w), "b 1 c d w -> (b c) 1 w d")
-            for t in (k, v)
-        )
-        real = None
-        if not self.upstream_quirks:
-            real = torch.ones(batch, len(q) // batch, 2 * w, dtype=torch.bool, device=q.device)
-            real[:, 0, :w] = False
-            real = rearrange(real, "b c w -> (b c) w")
-        out = hk.attention(q, k, v, is_causal=True, key_padding_mask=real)
-        return rearrange(out, "(b c) 1 w d -> b 1 (c w) d", b=batch)[:, :, :n]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attend(*self.project(x))

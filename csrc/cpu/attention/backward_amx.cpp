@@ -7,7 +7,8 @@
 //   dQ^T += K^T dS^T                         A = K^T;            B = dS^T by pairs of keys
 // A task is a key/value head, or one of several splits of its packed rows (row r = query r / G of head r % G).
 // Its rows are taken in segments whose packs stay in cache; inside, key blocks, row blocks, strips of 32 keys.
-// dQ of a segment and dK, dV of the task are sums in float; splits are added in order at the end.
+// dQ of a segment and dK, dV of the task are sums in float; splits are added in order at the end. With a window, dK and
+// dV of a strip of keys are stored when no later row sees it, and its memory is used again: a ring of strips.
 #include <omp.h>
 
 #include <cmath>
@@ -31,6 +32,7 @@ constexpr int kTiles = kBlock / 32;       // strips of keys, and tiles of rows, 
 constexpr int kScoreStride = kBlock + 16; // padded against 4K aliasing
 constexpr int kProbStride = kBlock + 32;
 constexpr int64_t kSegment = 4096;        // rows whose packs are kept at a time
+constexpr int64_t kNarrowSegment = 1024;  // the same, where they see few keys
 constexpr float kNever = 1e30f;           // the log-sum-exp of a row that sees nothing: exp2(s - kNever) = 0
 
 // dS of two keys, as the pairs that a B tile wants.
@@ -48,6 +50,7 @@ struct Backward {
   const int64_t rows, keys;  // packed rows of a key/value head; keys rounded up to 32
   const bool stream_dq, stream_dk, stream_dv;  // written past the caches
   int64_t segment, splits;
+  int64_t ring;  // strips of keys whose sums are kept at a time; those of strip x lie at x % ring
 
   Backward(const AttentionParams& params, int threads)
       : p(params),
@@ -80,10 +83,29 @@ struct Backward {
       const int64_t segments = (rows + segment - 1) / segment;
       splits = segments < 1 ? 1 : segments < splits ? segments : splits;
     }
+    ring = keys / 32;
+    if (splits == 1) {
+      // Narrow windows: all that a segment takes, and the sums of the keys that it sees, fit the second-level cache.
+      const int64_t most = segment;
+      segment = most < kNarrowSegment ? most : kNarrowSegment;
+      if (most_strips() * 32 > 2 * kNarrowSegment) segment = most;
+      ring = most_strips();
+    }
   }
 
-  int64_t key_floats() const { return keys * steps * 32; }
-  int64_t value_floats() const { return keys * v_steps * 32; }
+  // The most strips of keys that a segment of rows sees.
+  int64_t most_strips() const {
+    int64_t most = 1;
+    for (int64_t row = 0; row < rows; row += segment) {
+      const int64_t last = (row + segment < rows ? row + segment : rows) - 1;
+      const int64_t strips = (p.range.hi.at(last / G, Nk) + 31) / 32 - p.range.lo.at(row / G, Nk) / 32;
+      most = strips > most ? strips : most;
+    }
+    return most;
+  }
+
+  int64_t key_floats() const { return ring * steps * 1024; }
+  int64_t value_floats() const { return ring * v_steps * 1024; }
 
   struct Buffers {
     bf16 *q_t, *q_n, *g_t, *g_n;  // packs of a segment of Q and dO: transposed, by rows
@@ -104,7 +126,7 @@ struct Backward {
     const auto g_t = layout.add<bf16>(g_size), g_n = layout.add<bf16>(g_size);
     const auto lse = layout.add<float>(segment), delta = layout.add<float>(segment), dq = layout.add<float>(q_size);
     const auto lo = layout.add<int32_t>(segment), hi = layout.add<int32_t>(segment);
-    const auto dq_begun = layout.add<uint8_t>(segment / 32), dk_begun = layout.add<uint8_t>(keys / 32);
+    const auto dq_begun = layout.add<uint8_t>(segment / 32), dk_begun = layout.add<uint8_t>(ring);
     const auto k = layout.add<bf16>(kBlock * steps * 32), v = layout.add<bf16>(kBlock * v_steps * 32);
     const auto k_t = layout.add<bf16>(kBlock * steps * 32);
     const auto s = layout.add<float>(32 * kScoreStride), g = layout.add<float>(32 * kScoreStride);
@@ -143,6 +165,25 @@ HK_INLINE void store_scaled(bf16* to, int n, __m512 low, __m512 high, __m512 sca
     _mm512_storeu_si512(to, x);
   else
     _mm512_mask_storeu_epi16(to, first_lanes32(n), x);
+}
+
+// dK and dV of a strip of 32 keys, from `parts` sums that lie `distance` floats apart.
+void store_strip(const Tensor& to, int64_t b, int64_t h, int64_t j0, int64_t n_keys, int steps, const float* sum,
+                 int64_t distance, int64_t parts, float scale, bool stream) {
+  const int dim = static_cast<int>(to.size[3]);
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int j = 0; j < 32 && j0 + j < n_keys; ++j) {
+    bf16* row = to.as<bf16>() + b * to.stride[0] + h * to.stride[1] + (j0 + j) * to.stride[2];
+    for (int s = 0; s < steps; ++s) {
+      __m512 low = _mm512_setzero_ps(), high = low;
+      for (int64_t part = 0; part < parts; ++part) {
+        const float* tile = sum + part * distance + s * 4 * kTileC + (j / 16) * 2 * kTileC + j % 16 * 16;
+        low = _mm512_add_ps(low, _mm512_load_ps(tile));
+        high = _mm512_add_ps(high, _mm512_load_ps(tile + kTileC));
+      }
+      store_scaled(row + 32 * s, dim - 32 * s, low, high, factor, stream);
+    }
+  }
 }
 
 // The state of one task.
@@ -417,7 +458,7 @@ struct Task {
         (this->*kElements[kind])(strip, keys, t, j0, row);
       }
       if (f.p.dbias) add_bias_gradient(row0 + row, n, t0, t1, key);
-      const int64_t at = key / 32;
+      const int64_t at = key / 32 % f.ring;
       const bool first = !m.dk_begun[at];
       m.dk_begun[at] = 1;
       reduce(m.prob, g_n, f.v_steps, key_halves, t0, t1, dv + at * f.v_steps * 1024, first);
@@ -434,11 +475,33 @@ struct Task {
     }
   }
 
+  // Stores dK and dV of the strips [stored, end), which no row to come sees.
+  void store_keys(int64_t& stored, int64_t end) const {
+    for (; stored < end; ++stored) {
+      float *dk_strip = strip_of_dk(stored), *dv_strip = strip_of_dv(stored);
+      clear_unseen(stored);
+      m.dk_begun[stored % f.ring] = 0;
+      store_strip(f.p.dk, b, h, stored * 32, f.Nk, f.steps, dk_strip, 0, 1, static_cast<float>(f.p.scale), f.stream_dk);
+      store_strip(f.p.dv, b, h, stored * 32, f.Nk, f.v_steps, dv_strip, 0, 1, 1.f, f.stream_dv);
+    }
+  }
+  float* strip_of_dk(int64_t strip) const { return dk + strip % f.ring * f.steps * 1024; }
+  float* strip_of_dv(int64_t strip) const { return dv + strip % f.ring * f.v_steps * 1024; }
+  // Sums that nothing was added to are zero.
+  void clear_unseen(int64_t strip) const {
+    if (m.dk_begun[strip % f.ring]) return;
+    std::memset(strip_of_dk(strip), 0, 4 * 1024 * f.steps);
+    std::memset(strip_of_dv(strip), 0, 4 * 1024 * f.v_steps);
+  }
+
   void run() const {
-    std::memset(m.dk_begun, 0, f.keys / 32);
+    std::memset(m.dk_begun, 0, f.ring);
+    const int64_t strips = f.keys / 32;
+    int64_t stored = 0;
     for (int64_t row0 = split * f.segment; row0 < f.rows; row0 += f.splits * f.segment) {
       const int count = static_cast<int>(f.rows - row0 < f.segment ? f.rows - row0 : f.segment);
       load_segment(row0, count);
+      if (f.splits == 1) store_keys(stored, m.lo[0] / 32);
       const int64_t begin = m.lo[0] / kBlock * kBlock, end = m.hi[count - 1];
       for (int64_t j0 = begin; j0 < end; j0 += kBlock) {
         const int n = static_cast<int>(f.Nk - j0 < kBlock ? f.Nk - j0 : kBlock);
@@ -454,6 +517,10 @@ struct Task {
       next.ask_rest();
       store_dq(row0, count);
     }
+    if (f.splits == 1)
+      store_keys(stored, strips);
+    else
+      for (int64_t strip = 0; strip < strips; ++strip) clear_unseen(strip);
   }
 
   // ---- modifiers ----
@@ -506,25 +573,6 @@ struct Task {
   }
 };
 
-// dK and dV of a strip of 32 keys, from `parts` sums that lie `distance` floats apart.
-void store_strip(const Tensor& to, int64_t b, int64_t h, int64_t j0, int64_t n_keys, int steps, const float* sum,
-                 int64_t distance, int64_t parts, float scale, bool stream) {
-  const int dim = static_cast<int>(to.size[3]);
-  const __m512 factor = _mm512_set1_ps(scale);
-  for (int j = 0; j < 32 && j0 + j < n_keys; ++j) {
-    bf16* row = to.as<bf16>() + b * to.stride[0] + h * to.stride[1] + (j0 + j) * to.stride[2];
-    for (int s = 0; s < steps; ++s) {
-      __m512 low = _mm512_setzero_ps(), high = low;
-      for (int64_t part = 0; part < parts; ++part) {
-        const float* tile = sum + part * distance + s * 4 * kTileC + (j / 16) * 2 * kTileC + j % 16 * 16;
-        low = _mm512_add_ps(low, _mm512_load_ps(tile));
-        high = _mm512_add_ps(high, _mm512_load_ps(tile + kTileC));
-      }
-      store_scaled(row + 32 * s, dim - 32 * s, low, high, factor, stream);
-    }
-  }
-}
-
 }  // namespace
 
 void attention_backward(const AttentionParams& p) {
@@ -548,16 +596,6 @@ void attention_backward(const AttentionParams& p) {
       float* dk = sums ? sums + t * (k_size + v_size) : buffers.dk;
       float* dv = sums ? dk + k_size : buffers.dv;
       Task(f, buffers, dbias, b, h, t % f.splits, dk, dv).run();
-      for (int64_t j0 = 0; j0 < f.keys; j0 += 32) {
-        float *dk_strip = dk + j0 * f.steps * 32, *dv_strip = dv + j0 * f.v_steps * 32;
-        if (!buffers.dk_begun[j0 / 32]) {
-          std::memset(dk_strip, 0, 4 * 32 * f.steps * 32);
-          std::memset(dv_strip, 0, 4 * 32 * f.v_steps * 32);
-        }
-        if (sums) continue;
-        store_strip(p.dk, b, h, j0, f.Nk, f.steps, dk_strip, 0, 1, scale, f.stream_dk);
-        store_strip(p.dv, b, h, j0, f.Nk, f.v_steps, dv_strip, 0, 1, 1.f, f.stream_dv);
-      }
     }
     _mm_sfence();  // streamed stores become visible to the thread that goes on
     if (sums) {

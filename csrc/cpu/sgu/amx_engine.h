@@ -36,8 +36,10 @@ struct AmxEngine {
     for (int64_t q = 0; q < count; q += 32, out += 2 * kTile)
       for (int half = 0; half < 2; ++half) {
         __m512i block[16];
-        for (int i = 0; i < 16; ++i)
-          block[i] = 16 * half + i < rows ? _mm512_loadu_si512(x + (16 * half + i) * stride + q) : _mm512_setzero_si512();
+        for (int i = 0; i < 16; ++i) {
+          const int64_t row = 16 * half + i;
+          block[i] = row < rows ? _mm512_loadu_si512(x + row * stride + q) : _mm512_setzero_si512();
+        }
         transpose16(block);
         for (int i = 0; i < 16; ++i) _mm512_store_si512(out + half * kTile + i * 32, block[i]);
       }
@@ -57,8 +59,7 @@ struct AmxEngine {
   static HK_INLINE void round_row(const float* x, int64_t count, BFloat16* out) {
     for (int64_t i = 0; i < count; i += 32) {
       const int64_t n = count - i;
-      const __m512i y = to_bf16(_mm512_maskz_loadu_ps(first_lanes16(n), x + i), _mm512_maskz_loadu_ps(first_lanes16(n - 16), x + i + 16));
-      _mm512_storeu_si512(out + i, y);
+      _mm512_storeu_si512(out + i, load_row(x + i, n));
     }
   }
 
@@ -85,7 +86,8 @@ struct AmxEngine {
   // n numbers of a row, 0 <= n <= 32, as bfloat16; zeros after them.
   static HK_INLINE __m512i load_row(const float* x, int64_t n) {
     return n >= 32 ? to_bf16(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16))
-                   : to_bf16(_mm512_maskz_loadu_ps(first_lanes16(n), x), _mm512_maskz_loadu_ps(first_lanes16(n - 16), x + 16));
+                   : to_bf16(_mm512_maskz_loadu_ps(first_lanes16(n), x),
+                             _mm512_maskz_loadu_ps(first_lanes16(n - 16), x + 16));
   }
   static HK_INLINE __m512i load_row(const BFloat16* x, int64_t n) {
     return n >= 32 ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi16(first_lanes32(n), x);

@@ -122,9 +122,11 @@ class Backward {
     const auto tiles_at = parts.template of<E>(needs_tiles() ? s.buckets * gradient.dmix_size() : 0);
     const auto gate_at = parts.template of<E>(p.dweight ? s.buckets * gradient.gate_size() : 0);
     const auto sums_at = parts.template of<F>(s.N);
-    const auto partial_at = parts.template of<F>(p.dweight ? gradient.partial_size() : 0);
+    const int64_t kept_apart = p.dweight && gradient.splits > 1 ? gradient.splits : 0;
+    const auto partial_at = parts.template of<F>(kept_apart * gradient.partial_size());
     char* base = thread_scratch(ScratchUse::kShared, parts.total());
-    const Prepared prepared{part<E>(base, dmix_at), part<E>(base, tiles_at), part<E>(base, gate_at), part<F>(base, sums_at)};
+    const Prepared prepared{part<E>(base, dmix_at), part<E>(base, tiles_at), part<E>(base, gate_at),
+                            part<F>(base, sums_at)};
 #pragma omp parallel
     {
       Parts own;
@@ -183,7 +185,7 @@ class Backward {
   // ---- small windows: a task takes its buckets one after another; what it prepares of two is in cache ----
 
   void run_windowed() {
-    const int64_t n_tasks = s.H * tasks.chunks * tasks.ranges, partial_size = p.dweight ? s.w * gradient.columns() : 0;
+    const int64_t n_tasks = s.H * tasks.chunks * tasks.ranges, partial_size = p.dweight ? gradient.partial_size() : 0;
     const int64_t dmix_size = tasks.chunk_strips * mix.strip_size();
     const auto narrow = gradient.of_columns(chunk_columns());
     Parts parts;
@@ -200,7 +202,8 @@ class Backward {
       const auto gate_at = own.template of<E>(p.dweight ? 2 * narrow.gate_size() : 0);
       const auto row_sums_at = own.template of<F>(s.w);
       char* mine = thread_scratch(ScratchUse::kTask, own.total());
-      const Prepared ring{part<E>(mine, dmix_at), part<E>(mine, tiles_at), part<E>(mine, gate_at), part<F>(mine, row_sums_at)};
+      const Prepared ring{part<E>(mine, dmix_at), part<E>(mine, tiles_at), part<E>(mine, gate_at),
+                          part<F>(mine, row_sums_at)};
       const Own buffers = own_parts.at(mine);
       Mix<Engine> product = mix;
       const typename Engine::Session session;
@@ -213,10 +216,10 @@ class Backward {
       for (int64_t task = 0; task < n_tasks; ++task) {
         const int64_t h = tasks.head(task);
         if (p.dgate && h != packed_head) product.begin(packed_head = h, buffers.panels);
-        run_range(task, product, ring, buffers, panels, partial + task * partial_size, sums + task * s.w);
+        const int64_t slot = tasks.slot(task);
+        run_range(task, product, ring, buffers, panels, partial + slot * partial_size, sums + slot * s.w);
       }
-      // Tasks of a head follow one another, and so do their sums.
-      const int64_t of_head = tasks.chunks * tasks.ranges;
+      const int64_t of_head = tasks.of_head();
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < s.H * s.w; ++i) {
         const int64_t h = i / s.w, row = i % s.w;
@@ -237,7 +240,7 @@ class Backward {
     const auto dmix = [&](int64_t bucket) { return ring.dmix + bucket % 2 * dmix_size; };
     const auto gate = [&](int64_t bucket) { return ring.gate + bucket % 2 * narrow.gate_size(); };
     memset(sums, 0, static_cast<size_t>(s.w) * sizeof(F));
-    if (p.dweight) memset(partial, 0, static_cast<size_t>(s.w * c_stride) * sizeof(F));
+    if (p.dweight) memset(partial, 0, static_cast<size_t>(gradient.partial_size()) * sizeof(F));
     if (p.dweight && begin > 0)
       for (int64_t row = 0; row < s.w; row += S)
         transpose_gate(h, begin - 1, row, min_of(S, s.w - row), chunk * chunk_columns(), width, narrow, gate(begin - 1),
@@ -288,11 +291,15 @@ class Backward {
           for (int64_t column = there ? width : 0; column < whole; ++column) x[column] = E{};
           line[i] = x;
         }
-        if (to.dmix) Engine::rows_to_strips(line, whole, row + r, to.dmix + at / S * mix.strip_size(), mix.strip_size());
+        if (to.dmix) {
+          E* const strips = to.dmix + at / S * mix.strip_size();
+          Engine::rows_to_strips(line, whole, row + r, strips, mix.strip_size());
+        }
         if constexpr (Engine::kTiledGradient)
           if (to.tiles) Engine::rows_to_tiles(line, whole, row + r, at, g.terms(), to.tiles);
       }
-      if (to.gate && rows > 0) transpose_gate(h, bucket, row, rows, first_column + at, width, g, to.gate + at * S, own.lines);
+      if (to.gate && rows > 0)
+        transpose_gate(h, bucket, row, rows, first_column + at, width, g, to.gate + at * S, own.lines);
     }
     if (streamed) stream_fence();
   }

@@ -106,8 +106,9 @@ HK_INLINE void store_columns(const Tensor& t, const SguShape& s, int64_t h, int6
 // Tokens first .. first + rows of a head, columns [column, column + count), as strips `strip_size` apart, from row
 // `row` of the strips on; filled up with zeros to whole strips and units of rows. lines: room for kGroup rows.
 template <class Engine, class T>
-void pack_strips(const Tensor& t, const SguShape& s, int64_t h, int64_t first, int64_t rows, int64_t row, int64_t column,
-                 int64_t count, typename Engine::Element* lines, typename Engine::Element* strips, int64_t strip_size) {
+void pack_strips(const Tensor& t, const SguShape& s, int64_t h, int64_t first, int64_t rows, int64_t row,
+                 int64_t column, int64_t count, typename Engine::Element* lines, typename Engine::Element* strips,
+                 int64_t strip_size) {
   using E = typename Engine::Element;
   constexpr int64_t S = Engine::kStrip, G = Engine::kGroup;
   const int64_t whole = round_to(count, S);

@@ -113,7 +113,8 @@ class Forward {
         product.begin(h, part<E>(base, panels_at));
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < mix.blocks() * tasks.chunks; ++task) {
-          const int64_t block = mix.blocks() - 1 - task / tasks.chunks, chunk = task % tasks.chunks;  // the longest first
+          const int64_t block = mix.blocks() - 1 - task / tasks.chunks;  // the longest first
+          const int64_t chunk = task % tasks.chunks;
           const int64_t first = chunk * tasks.chunk_strips;
           product.multiply_block(0, block, min_of(tasks.chunk_strips, tasks.strips - first),
                                  [&](int64_t) { return strips + first * strip_size; }, c, kChunkStride);

@@ -39,7 +39,8 @@ class Mix {
   using E = typename Engine::Element;
   using F = typename Engine::Sum;
 
-  Mix(const SguShape& shape, const Tensor& weight, bool transposed) : s_(shape), weight_(weight), transposed_(transposed) {}
+  Mix(const SguShape& shape, const Tensor& weight, bool transposed)
+      : s_(shape), weight_(weight), transposed_(transposed) {}
 
   int64_t blocks() const { return ceil_div(s_.w, Engine::kBlockRows); }
   bool keeps_panels() const { return has_small_window(s_); }
@@ -90,7 +91,9 @@ class Mix {
 
   int64_t steps() const { return ceil_div(s_.w, Engine::kStepTerms); }
   static int64_t step_size() { return Engine::kBlockRows / Engine::kPanel * Engine::panel_size(); }
-  E* kept(int64_t block, int own, int64_t step) const { return panels_ + ((block * 2 + own) * steps() + step) * step_size(); }
+  E* kept(int64_t block, int own, int64_t step) const {
+    return panels_ + ((block * 2 + own) * steps() + step) * step_size();
+  }
 
   // The terms of a block, of which there are `tokens`: body(step, first, terms). The first step of a triangle reaches
   // every panel, as a step is longer than a block.
@@ -135,16 +138,23 @@ struct MixTasks {
     const int64_t rest = s.look_back ? s.H * ceil_div(s.buckets, kFewBuckets) : blocks;
     while (rest * ceil_div(strips, chunk_strips) < wanted && chunk_strips > 8) chunk_strips = ceil_div(chunk_strips, 2);
     chunks = ceil_div(strips, chunk_strips);
-    range = s.look_back ? max_of(kFewBuckets, ceil_div(s.buckets * s.H * chunks, wanted)) : 1;
+    range = s.look_back ? max_of(kFewBuckets, min_of(kManyBuckets, ceil_div(s.buckets * s.H * chunks, wanted))) : 1;
     ranges = ceil_div(s.buckets, range);
     range = ceil_div(s.buckets, ranges);
+    heads = s.H;
   }
-  int64_t first_bucket(int64_t task) const { return task % ranges * range; }
-  int64_t chunk(int64_t task) const { return task / ranges % chunks; }
-  int64_t head(int64_t task) const { return task / (ranges * chunks); }
+  // Heads change fastest: the channels of the next head follow in memory, and some of them have been prefetched.
+  int64_t head(int64_t task) const { return task % heads; }
+  int64_t chunk(int64_t task) const { return task / heads % chunks; }
+  int64_t first_bucket(int64_t task) const { return task / (heads * chunks) * range; }
+  // The tasks of a head, and their numbers.
+  int64_t of_head() const { return ranges * chunks; }
+  int64_t slot(int64_t task) const { return head(task) * of_head() + task / heads; }
 
  private:
-  static constexpr int64_t kFewBuckets = 4;  // a task packs one bucket more than it computes
+  int64_t heads;
+  // A task packs the weight, and one bucket more than it computes.
+  static constexpr int64_t kFewBuckets = 4, kManyBuckets = 8;
 };
 
 }  // namespace

@@ -66,8 +66,8 @@ struct SimdEngine {
   }
 
   // Rows row .. row + rows of strips as panels, terms first .. first + count.
-  static void strips_to_panels(const F* strips, int64_t strip_rows, int64_t row, int64_t rows, int64_t first, int64_t count,
-                               F* out) {
+  static void strips_to_panels(const F* strips, int64_t strip_rows, int64_t row, int64_t rows, int64_t first,
+                               int64_t count, F* out) {
     constexpr int64_t R = kPanel, S = kStrip;
     for (int64_t p = 0; p < rows; p += R, out += panel_size()) {
       const int64_t n = min_of(R, rows - p);
@@ -104,7 +104,8 @@ struct SimdEngine {
     const U* x = weight + g.row * stride + g.first;
     for (int64_t p = 0; p < g.rows; p += R, out += panel_size()) {
       const int64_t rows = min_of(R, g.rows - p);
-      const int64_t terms = g.own ? min_of(g.terms, g.row + p + rows - g.first) : g.terms;  // past these, nothing is read
+      // Past these, nothing is read.
+      const int64_t terms = g.own ? min_of(g.terms, g.row + p + rows - g.first) : g.terms;
       for (int64_t t = 0; t < terms; t += W) {
         if constexpr (R <= W) {
           Vec<F> block[W];

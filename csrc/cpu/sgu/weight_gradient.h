@@ -24,7 +24,10 @@ class WeightGradient {
   int64_t splits = 1;  // parts of the sum, which are kept apart and added in order
 
   WeightGradient(const SguShape& shape, const Tensor& dweight)
-      : s_(shape), terms_(round_to(shape.columns, S)), half_(ceil_div(shape.w, S)), all_(half_ * (shape.look_back ? 2 : 1)) {
+      : s_(shape),
+        terms_(round_to(shape.columns, S)),
+        half_(ceil_div(shape.w, S)),
+        all_(half_ * (shape.look_back ? 2 : 1)) {
     chunks_ = ceil_div(all_, kChunkColumns / S);
     blocks_ = ceil_div(s_.w, Engine::kBlockRows);
     const int64_t threads = omp_get_max_threads();
@@ -43,7 +46,8 @@ class WeightGradient {
   int64_t gate_strip_size() const { return Engine::strip_size(terms_); }
   int64_t gate_size() const { return half_ * gate_strip_size(); }  // of a bucket
   int64_t panels_size() const { return Engine::kBlockRows / Engine::kPanel * Engine::panel_size(); }
-  int64_t partial_size() const { return splits > 1 ? splits * s_.w * columns() : 0; }
+  // Of one part of the sum: whole panels, as an engine may store rows that nobody asked for.
+  int64_t partial_size() const { return round_to(s_.w, Engine::kPanel) * columns(); }
   int64_t tasks() const { return splits * blocks_ * chunks_; }
   int64_t dmix_size() const { return (Engine::kTiledGradient ? round_to(s_.w, Engine::kPanel) : s_.w) * terms_; }
 
@@ -64,8 +68,8 @@ class WeightGradient {
   }
 
   // Adds a bucket's part of a range to c. before: the gate of the bucket before, if there is one.
-  void add_bucket(const GradientRange& g, int64_t tokens, const E* dmix, const E* gate, const E* before, E* panels, F* c,
-                  int64_t c_stride) const {
+  void add_bucket(const GradientRange& g, int64_t tokens, const E* dmix, const E* gate, const E* before, E* panels,
+                  F* c, int64_t c_stride) const {
     const int64_t rows = min_of(g.rows, tokens - g.row);
     if (rows <= 0) return;
     for (int64_t first = 0; first < terms_; first += Engine::kStepTerms) {
@@ -95,14 +99,14 @@ class WeightGradient {
 
   void keep(const GradientRange& g, const F* c, F* partial) const {
     for (int64_t r = 0; r < g.rows; ++r)
-      memcpy(partial + (g.split * s_.w + g.row + r) * columns() + g.first * S, c + r * kChunkStride,
+      memcpy(partial + g.split * partial_size() + (g.row + r) * columns() + g.first * S, c + r * kChunkStride,
              static_cast<size_t>(g.strips * S) * sizeof(F));
   }
   // Adds a row of all splits into that of the first.
   GradientRange sum(int64_t row, F* partial) const {
     F* out = partial + row * columns();
     for (int64_t split = 1; split < splits; ++split) {
-      const F* x = partial + (split * s_.w + row) * columns();
+      const F* x = partial + split * partial_size() + row * columns();
       for (int64_t i = 0; i < columns(); i += kWidth<F>) store(out + i, load(out + i) + load(x + i));
     }
     return {row, 1, 0, all_, 0};

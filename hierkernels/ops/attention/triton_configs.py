@@ -27,9 +27,6 @@ class Config:
         }  # fmt: skip
 
 
-# Shared memory a program may have, in bytes.
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-
 # (device, kernel, channels up to) -> configuration for 16-bit elements.
 # sm_80: an `if` round the mask makes dK/dV spill, so every tile is masked. sm_90, sm_100: "branch"
 # keeps the loads pipelined.

@@ -6,7 +6,6 @@ A plan only looks at shapes, strides and dtypes. The backend runs it, the ahead-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,32 +24,13 @@ from hierkernels.ops.attention.triton_short import (
     _attention_short_forward_kernel,
 )
 from hierkernels.triton_common.key_range import range_arguments
+from hierkernels.triton_common.launch import Launch, Target
 from hierkernels.triton_common.tiles import LOG2E
 
 # Programs that keep a large device busy; fixed, so that results do not depend on the device.
 _BUSY = 512
 # From this many queries on, the heads of a group get tiles of their own.
 _PACK_BELOW = 128
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a plan is for: a row of the configuration table and the precision of products."""
-
-    family: str  # triton_configs.device_family
-    precision: str  # "ieee" or "tf32" (matters for float32), "emulated" in the interpreter
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch; arguments by name, compile-time ones and compiler options included."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments)
 
 
 # ---- arguments ----

@@ -18,10 +18,9 @@ _CALL = (
 )
 # keep: return the pre-activation, which the backward starts from; else it is empty.
 LIBRARY.define(f"causal_sgu_forward({_CALL}, bool keep, str backend) -> (Tensor out, Tensor z)")
-# wanted: which of the gradients, in the order of GRADIENTS; the others are empty.
+# wanted: for each of GRADIENTS, whether it is; those that are, are returned.
 LIBRARY.define(
-    f"causal_sgu_backward({_CALL}, Tensor z, Tensor dout, bool[] wanted, str backend) -> "
-    "(Tensor dresidual, Tensor dgate, Tensor dweight, Tensor dbias, Tensor dgate_residual)"
+    f"causal_sgu_backward({_CALL}, Tensor z, Tensor dout, bool[] wanted, str backend) -> Tensor[]"
 )
 
 
@@ -38,21 +37,17 @@ def _fake_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return SguCall(*args[:7]).new_outputs(args[7])
 
 
-def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
+def _backward(*args: Any) -> list[torch.Tensor]:
     call = SguCall(*args[:7])
     z, dout, wanted, backend = args[7:]
     grads = _backend(call, backend).backward(call, z, unit_stride(dout), wanted)
-    none = call.gate.new_empty(0)
-    return tuple(
-        none if grad is None or not want else grad for grad, want in zip(grads, wanted, strict=True)
-    )
+    return [g for g, want in zip(grads, wanted, strict=True) if want and g is not None]
 
 
-def _fake_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+def _fake_backward(*args: Any) -> list[torch.Tensor]:
     residual, gate, weight, bias = args[:4]
     tensors = (residual, gate, weight, bias, gate)
-    none = gate.new_empty(0)
-    return tuple(new_like(t) if want else none for t, want in zip(tensors, args[9], strict=True))
+    return [new_like(t) for t, want in zip(tensors, args[9], strict=True) if want]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -75,7 +70,8 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, _: Any) -> tuple:
     grads = torch.ops.hierkernels.causal_sgu_backward.default(
         *tensors, ctx.window, ctx.activation, z, dout, wanted, ctx.backend
     )
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 4
+    rest = iter(grads)
+    return *(next(rest) if want else None for want in wanted), *(None,) * 4
 
 
 def _differentiate_twice(ctx: Any, *grads: torch.Tensor) -> tuple:

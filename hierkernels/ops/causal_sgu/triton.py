@@ -1,0 +1,91 @@
+"""The causal spatial gating unit in Triton: the backend interface round planned launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from hierkernels.ops.causal_sgu import triton_launch as plans
+from hierkernels.ops.causal_sgu.call import SguCall, new_like
+from hierkernels.triton_common.launch import Launch, Target
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Whether the kernels are interpreted is settled when their modules are imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def supports(call: SguCall) -> list[str]:
+    """Why the Triton kernels cannot compute this call; empty if they can."""
+    reasons = []
+    if call.device_type != "cuda" and not (call.device_type == "cpu" and INTERPRETED):
+        reasons.append(
+            f"gate is on a {call.device_type} device, the triton backend needs a GPU "
+            "(or TRITON_INTERPRET=1, set before Triton is imported)"
+        )
+    if call.device_type == "cuda" and not INTERPRETED:
+        if torch.version.hip is not None:
+            reasons.append("this PyTorch is for AMD devices, the configurations are not")
+        elif torch.cuda.get_device_capability(call.gate.device) < (8, 0):
+            reasons.append("the device has a compute capability below 8.0")
+    if call.gate.dtype not in _DTYPES:
+        reasons.append(f"dtype {call.gate.dtype} is not one of float32, bfloat16, float16")
+    if max(*call.gate.shape, 2 * call.weight.shape[1], call.gate.numel() // 16) >= 2**31:
+        reasons.append("sizes beyond 32 bits")
+    return reasons
+
+
+def _target(call: SguCall) -> Target:
+    if INTERPRETED:
+        return Target("interpreter", "emulated")
+    exact = call.gate.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return Target("cuda", "ieee" if exact else "tf32")
+
+
+def _run(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
+
+
+def forward(call: SguCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, preactivation)."""
+    out, z = call.new_outputs(keep)
+    if out.numel():
+        _run(plans.plan_forward(call, _target(call), out, z if keep else None))
+    return out, z
+
+
+def backward(
+    call: SguCall, preactivation: torch.Tensor, dout: torch.Tensor, wanted: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients that are wanted, in the order of GRADIENTS."""
+    tensors = (call.residual, call.gate, call.weight, call.bias, call.gate)
+    if call.gate.numel() == 0:
+        return tuple(
+            new_like(t).zero_() if want else None for t, want in zip(tensors, wanted, strict=True)
+        )
+    target = _target(call)
+    B, N, _ = call.gate.shape
+    dresidual = new_like(call.residual) if wanted[0] else None
+    dmix = new_like(call.gate)
+    sums = dmix.new_empty((B, N, call.heads), dtype=torch.float32) if wanted[3] else None
+    _run(plans.plan_mix(call, target, preactivation, dout, dresidual, dmix, sums))
+    dgate = dweight = dbias = None
+    if wanted[1]:
+        dgate = new_like(call.gate)
+        _run(plans.plan_gate(call, target, dmix, dgate))
+    if wanted[2]:
+        launches, partial = plans.plan_weight(call, target, dmix)
+        _run(launches)
+        dweight = (partial[0] if len(partial) == 1 else partial.sum(0)).to(call.weight.dtype)
+    if sums is not None:
+        dbias = _fold(sums.sum(0), call.bias)
+    return dresidual, dgate, dweight, dbias, dmix
+
+
+def _fold(sums: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """(N, H) by token -> (H, rows) by row of the bucket, in the dtype of the bias."""
+    rows = bias.shape[1]
+    padded = torch.nn.functional.pad(sums, (0, 0, 0, -sums.shape[0] % rows))
+    return padded.unflatten(0, (-1, rows)).sum(0).mT.contiguous().to(bias.dtype)

@@ -1,0 +1,30 @@
+"""What plans of kernel launches are made of.
+
+A plan only looks at shapes, strides and dtypes. A backend runs it; the ahead-of-time compiler
+(aot.py) compiles the very same plan for other devices from tensors without memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan is for: a row of the configuration table and the precision of products."""
+
+    family: str  # triton_configs.device_family
+    precision: str  # "ieee" or "tf32" (matters for float32), "emulated" in the interpreter
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch; arguments by name, compile-time ones and compiler options included."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments)
