@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import readme
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -17,6 +19,11 @@ def test_python_snippets_run_and_agree():
         exec(compile(snippet, str(README), "exec"), names)
     out, expected = names["out"], names["expected"]
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_measured_tables_are_those_of_the_result_file():
+    text = README.read_text()
+    assert readme.updated(text) == text, "run: python -m benchmarks.readme"
 
 
 def test_every_environment_variable_is_documented():

@@ -1,0 +1,86 @@
+"""Writes the measured tables of README.md from a committed result: python -m benchmarks.readme.
+
+Each stands between two comments, the first of which names the op and the result file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.table import Line, collect
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+_PLACE = re.compile(
+    r"(<!-- measured: (\S+) in (\S+) -->\n).*?(<!-- end of measured -->)", re.DOTALL
+)
+_DTYPES = ("float32", "bfloat16")
+
+# By op: the title, the peer, the groups of cases (none: all).
+_TABLES = {
+    "attention": (
+        "causal `hk.attention` against `F.scaled_dot_product_attention`; (B, H, N, D)",
+        "sdpa",
+        ("long", "short"),
+    ),
+    "local_attention": (
+        "`hk.local_attention`, exact causal windows, against local-attention; (B, H, N, D)",
+        "package",
+        (),
+    ),
+    "causal_sgu": ("`hk.causal_sgu`, 4 heads, against masked einsum; (B, N, C)", "eager", ()),
+    "training_step": ("a training step against the original package; bytes", "package", ()),
+}
+
+
+def updated(text: str) -> str:
+    """The README with tables as their result files have them. Raises ValueError if it has none."""
+
+    def replacement(place: re.Match[str]) -> str:
+        title, peer, groups = _TABLES[place[2]]
+        lines = [line for line in collect(report.load(ROOT / place[3])) if line.op == place[2]]
+        if groups:
+            lines = [line for line in lines if line.case_group in groups]
+        return place[1] + "\n" + "\n".join(_table(title, lines, peer)) + "\n\n" + place[4]
+
+    text, places = _PLACE.subn(replacement, text)
+    if not places:
+        raise ValueError("README.md has no '<!-- measured: OP in FILE -->'")
+    return text
+
+
+def _name(case: str) -> str:
+    """window-1x16384x1024-w128 as (1, 16384, 1024) w128; a name without sizes as it is."""
+    found = re.search(r"(\d+(?:x\d+)+)(.*)", case)
+    if not found:
+        return case.replace("-", " ")
+    return f"({', '.join(found[1].split('x'))}){found[2].replace('-', ' ')}"
+
+
+def _table(title: str, lines: list[Line], peer: str) -> Iterator[str]:
+    """A row a case, a column for each dtype and pass."""
+    passes = list(dict.fromkeys(line.direction for line in lines))
+    columns = [(dtype, direction) for dtype in _DTYPES for direction in passes]
+    yield f"| {title} | " + " | ".join(" ".join(column) for column in columns) + " |"
+    yield "|---|" + "---:|" * len(columns)
+    cases: dict[str, dict[tuple[str, str], str]] = {}
+    for line in lines:
+        ratio = line.ratio(peer)
+        if line.ours is None or ratio is None:
+            continue
+        share = line.rows[line.ours]["extra_info"]["roof_share"]
+        cell = f"{ratio:.2f}x ({share:.0%})"
+        cases.setdefault(_name(line.case), {})[line.dtype, line.direction] = cell
+    for case, cells in cases.items():
+        yield f"| {case} | " + " | ".join(cells.get(column, "") for column in columns) + " |"
+
+
+def main() -> None:
+    README.write_text(updated(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()
