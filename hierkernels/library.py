@@ -1,5 +1,42 @@
-"""The torch.library namespace that all operators register in."""
+"""The torch.library namespace of all operators, and how one with a gradient is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 LIBRARY = torch.library.Library("hierkernels", "FRAGMENT")
+
+
+def register(
+    op: str,
+    forward: tuple[Callable[..., Any], Callable[..., Any]],
+    backward: tuple[Callable[..., Any], Callable[..., Any]],
+    setup_context: Callable[..., None],
+    differentiate: Callable[..., tuple],
+) -> None:
+    """<op>_forward and <op>_backward, once defined: implementations, fakes and autograd.
+
+    Args:
+        op: the name, without the namespace.
+        forward, backward: an implementation for CPU and CUDA tensors, and one for fake tensors.
+        setup_context, differentiate: autograd of the forward, as torch.library.register_autograd
+            takes it. The backward's own raises NotImplementedError.
+    """
+
+    def differentiate_twice(ctx: Any, *grads: torch.Tensor) -> tuple:
+        raise NotImplementedError(
+            f"{op}: the kernels have no second derivative; backend='reference' is differentiable "
+            "any number of times"
+        )
+
+    for name, (real, fake) in ((f"{op}_forward", forward), (f"{op}_backward", backward)):
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, real, key)
+        torch.library.register_fake(f"hierkernels::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"hierkernels::{op}_forward", differentiate, setup_context=setup_context, lib=LIBRARY
+    )
+    torch.library.register_autograd(f"hierkernels::{op}_backward", differentiate_twice, lib=LIBRARY)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -321,13 +322,26 @@ class Standard:
         return found
 
 
-def make_standard(inputs: Inputs, gradients: bool = True) -> Standard:
-    """The oracle and the allowed errors for the inputs.
+def judge(
+    inputs: Any,
+    gradients: bool,
+    oracle: Callable[[Any, bool], Results],
+    compute: Callable[[Any, str, bool], Results],
+    term_sizes: Callable[[Results, int], Results],
+    unseen: Results,
+) -> Standard:
+    """The oracle and the allowed errors of an op's inputs.
 
     Allowed: 2 x eager's error + eps of the dtype x its terms rounded once + eps of the accumulator
     (float32, float64 for float64) x the bound of another order of summation. In float64, eager is
     the oracle, so its error is taken to be that of float32, scaled by the ratio of the two eps; and
     as the oracle then rounds as coarsely as what it judges, its own error comes on top (3 x).
+
+    Args:
+        oracle: the results in float64.
+        compute: the results of a backend.
+        term_sizes: of the oracle's results, the size of the terms that each is a sum of: the
+            root of the sum of their squares (power 2), or the sum (power 1).
     """
     expected = oracle(inputs, gradients)
     low, low_expected, ratio, times = inputs, expected, 1.0, 2
@@ -335,7 +349,7 @@ def make_standard(inputs: Inputs, gradients: bool = True) -> Standard:
         low, ratio, times = inputs.to(torch.float32), 2.0**-29, 3
         low_expected = oracle(low, gradients)
     accumulator = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-    rounded, summed = (term_sizes(inputs, expected, power) for power in (2, 1))
+    rounded, summed = (term_sizes(expected, power) for power in (2, 1))
     allowed = {}
     for name, eager in compute(low, "reference", gradients).items():
         found = error(eager, low_expected[name])
@@ -345,7 +359,19 @@ def make_standard(inputs: Inputs, gradients: bool = True) -> Standard:
             times * ratio * found.largest + (terms.max().item() if terms.numel() else 0.0),
             times * ratio * found.rms + _rms(terms),
         )
-    return Standard(expected, allowed, unseen(inputs))
+    return Standard(expected, allowed, unseen)
+
+
+def make_standard(inputs: Inputs, gradients: bool = True) -> Standard:
+    """What results of attention are judged by."""
+    return judge(
+        inputs,
+        gradients,
+        oracle,
+        compute,
+        lambda expected, power: term_sizes(inputs, expected, power),
+        unseen(inputs),
+    )
 
 
 def check_accuracy(
@@ -358,6 +384,17 @@ def check_accuracy(
     """
     gradients = any(name.startswith("d") for name in results)
     return (standard or make_standard(inputs, gradients)).check(results)
+
+
+@contextlib.contextmanager
+def threads(n: int = 2) -> Iterator[None]:
+    """As many threads for the kernels; two share the work even where the machine has one core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

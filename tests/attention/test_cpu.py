@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from hierkernels.testing import (
     make_inputs,
     make_standard,
     poisoned_memory,
+    threads,
 )
 
 CORE = native()
@@ -58,17 +58,6 @@ FEW = (
     "bias-hqk", "bias-bh", "bias-short", "padding-causal", "dropout", "softcap", "lse-grad",
     "everything",
 )  # fmt: skip
-
-
-@contextlib.contextmanager
-def threads(n: int = 2) -> Iterator[None]:
-    """As many threads for the kernels; two share the work even where the machine has one core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @functools.cache

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -26,7 +25,7 @@ from hierkernels.ops.causal_sgu.testing import (
     make_inputs,
     make_standard,
 )
-from hierkernels.testing import Results, Standard, poisoned_memory
+from hierkernels.testing import Results, Standard, poisoned_memory, threads
 
 CORE = native()
 if CORE is None:
@@ -37,17 +36,6 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 # Of each code path one, for the tests that ask another question than accuracy.
 FEW = ("n321", "columns-1200", "window-n260-w128", "window-wide", "act-gelu-all", "mixed")
-
-
-@contextlib.contextmanager
-def threads(n: int = 2) -> Iterator[None]:
-    """As many threads for the kernels; two share the work even where the machine has one core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 from hierkernels import dispatch
 from hierkernels.eager import is_unwatched
 from hierkernels.key_range import KeyRange
-from hierkernels.library import LIBRARY
+from hierkernels.library import LIBRARY, register
 from hierkernels.ops.attention.call import AttentionCall, unit_stride
 
 _CALL = (
@@ -91,23 +91,12 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
     return dq, dk, dv, dbias if ctx.needs_input_grad[3] else None, *(None,) * 10
 
 
-def _differentiate_twice(ctx: Any, *grads: torch.Tensor) -> tuple:
-    raise NotImplementedError(
-        "attention: the kernels have no second derivative; backend='reference' is differentiable "
-        "any number of times"
-    )
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("attention_forward", _forward, _key)
-    LIBRARY.impl("attention_backward", _backward, _key)
-torch.library.register_fake("hierkernels::attention_forward", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("hierkernels::attention_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd(
-    "hierkernels::attention_forward", _differentiate, setup_context=_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "hierkernels::attention_backward", _differentiate_twice, lib=LIBRARY
+register(
+    "attention",
+    (_forward, _fake_forward),
+    (_backward, _fake_backward),
+    _setup_context,
+    _differentiate,
 )
 
 

@@ -8,6 +8,7 @@ import triton
 from hierkernels.ops.attention import triton_configs as configs
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.attention.triton_launch import Target, plan_backward, plan_forward
+from hierkernels.triton_common.device import device_reasons
 from hierkernels.triton_common.key_range import range_arguments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,17 +19,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 def supports(call: AttentionCall) -> list[str]:
     """Why the Triton kernels cannot compute this call; empty if they can."""
-    reasons = []
-    if call.device_type != "cuda" and not (call.device_type == "cpu" and INTERPRETED):
-        reasons.append(
-            f"q is on a {call.device_type} device, the triton backend needs a GPU "
-            "(or TRITON_INTERPRET=1, set before Triton is imported)"
-        )
-    if call.device_type == "cuda" and not INTERPRETED:
-        if torch.version.hip is not None:
-            reasons.append("this PyTorch is for AMD devices, the configurations are not")
-        elif torch.cuda.get_device_capability(call.q.device) < (8, 0):
-            reasons.append("the device has a compute capability below 8.0")
+    reasons = device_reasons("q", call.q, INTERPRETED)
     if call.q.dtype not in _DTYPES:
         reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16")
     for name, t in (("q", call.q), ("v", call.v)):

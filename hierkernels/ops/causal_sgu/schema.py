@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
-from hierkernels.library import LIBRARY
+from hierkernels.library import LIBRARY, register
 from hierkernels.ops.attention.call import unit_stride
 from hierkernels.ops.causal_sgu.call import SguCall, new_like
 
@@ -74,21 +74,10 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, _: Any) -> tuple:
     return *(next(rest) if want else None for want in wanted), *(None,) * 4
 
 
-def _differentiate_twice(ctx: Any, *grads: torch.Tensor) -> tuple:
-    raise NotImplementedError(
-        "causal_sgu: the kernels have no second derivative; backend='reference' is differentiable "
-        "any number of times"
-    )
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("causal_sgu_forward", _forward, _key)
-    LIBRARY.impl("causal_sgu_backward", _backward, _key)
-torch.library.register_fake("hierkernels::causal_sgu_forward", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("hierkernels::causal_sgu_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd(
-    "hierkernels::causal_sgu_forward", _differentiate, setup_context=_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "hierkernels::causal_sgu_backward", _differentiate_twice, lib=LIBRARY
+register(
+    "causal_sgu",
+    (_forward, _fake_forward),
+    (_backward, _fake_backward),
+    _setup_context,
+    _differentiate,
 )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from hierkernels.ops.causal_sgu import api, reference
 from hierkernels.ops.causal_sgu.call import SguCall
 from hierkernels.ops.causal_sgu.spec import Case, dtype_name
-from hierkernels.testing import Errors, Results, Standard, _rms, error
+from hierkernels.testing import Errors, Results, Standard, judge
 
 # Where relu's argument is nearer to its kink than this share of its terms, its slope is a toss-up.
 _KINK = 0.03
@@ -210,24 +210,15 @@ def unseen(inputs: Inputs) -> Results:
 
 
 def make_standard(inputs: Inputs, gradients: bool = True) -> Standard:
-    """The oracle and the allowed errors for the inputs; see hierkernels.testing.make_standard."""
-    expected = oracle(inputs, gradients)
-    low, low_expected, ratio, times = inputs, expected, 1.0, 2
-    if inputs.dtype == torch.float64:
-        low, ratio, times = inputs.to(torch.float32), 2.0**-29, 3
-        low_expected = oracle(low, gradients)
-    accumulator = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-    rounded, summed = (term_sizes(inputs, power, gradients) for power in (2, 1))
-    allowed = {}
-    for name, eager in compute(low, "reference", gradients).items():
-        found = error(eager, low_expected[name])
-        eps = torch.finfo(inputs.dtype).eps
-        terms = eps * rounded[name] + torch.finfo(accumulator).eps * summed[name]
-        allowed[name] = Errors(
-            times * ratio * found.largest + (terms.max().item() if terms.numel() else 0.0),
-            times * ratio * found.rms + _rms(terms),
-        )
-    return Standard(expected, allowed, unseen(inputs) if gradients else {})
+    """What results of the gating unit are judged by."""
+    return judge(
+        inputs,
+        gradients,
+        oracle,
+        compute,
+        lambda _, power: term_sizes(inputs, power, gradients),
+        unseen(inputs) if gradients else {},
+    )
 
 
 def check_accuracy(

@@ -9,6 +9,7 @@ import triton
 
 from hierkernels.ops.causal_sgu import triton_launch as plans
 from hierkernels.ops.causal_sgu.call import SguCall, new_like
+from hierkernels.triton_common.device import device_reasons
 from hierkernels.triton_common.launch import Launch, Target
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,17 +19,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 def supports(call: SguCall) -> list[str]:
     """Why the Triton kernels cannot compute this call; empty if they can."""
-    reasons = []
-    if call.device_type != "cuda" and not (call.device_type == "cpu" and INTERPRETED):
-        reasons.append(
-            f"gate is on a {call.device_type} device, the triton backend needs a GPU "
-            "(or TRITON_INTERPRET=1, set before Triton is imported)"
-        )
-    if call.device_type == "cuda" and not INTERPRETED:
-        if torch.version.hip is not None:
-            reasons.append("this PyTorch is for AMD devices, the configurations are not")
-        elif torch.cuda.get_device_capability(call.gate.device) < (8, 0):
-            reasons.append("the device has a compute capability below 8.0")
+    reasons = device_reasons("gate", call.gate, INTERPRETED)
     if call.gate.dtype not in _DTYPES:
         reasons.append(f"dtype {call.gate.dtype} is not one of float32, bfloat16, float16")
     if max(*call.gate.shape, 2 * call.weight.shape[1], call.gate.numel() // 16) >= 2**31:
