@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -417,9 +417,22 @@ def poisoned_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
+class NamedCase(Protocol):
+    """What the cases of all ops have."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]: ...
+
+
+AnyCase = TypeVar("AnyCase", bound=NamedCase)
+
+
 def case_ids(
-    cases: Sequence[Case], dtypes: Sequence[torch.dtype]
-) -> list[tuple[str, Case, torch.dtype]]:
+    cases: Sequence[AnyCase], dtypes: Sequence[torch.dtype]
+) -> list[tuple[str, AnyCase, torch.dtype]]:
     """(id, case, dtype) for each case and each of the dtypes it has; id = dtype-case."""
     return [
         (f"{dtype_name(dtype)}-{case.name}", case, dtype)

@@ -108,7 +108,7 @@ class AttentionSuite(Suite):
 
     def candidates(self, row: str, inputs: Inputs, direction: str) -> Iterator[Candidate]:
         if row in dispatch.BACKENDS:
-            yield _backend(row, inputs)
+            yield backend_candidate(row, inputs)
         elif row == "eager":
             yield Candidate(_eager, inputs)
         elif row == "compiled":
@@ -142,7 +142,7 @@ def _some(inputs: Inputs, sequences: slice) -> Inputs:
     )
 
 
-def _backend(name: str, inputs: Inputs) -> Candidate:
+def backend_candidate(name: str, inputs: Inputs) -> Candidate:
     try:
         dispatch.resolve("attention", inputs.call(), name)
     except NotImplementedError as error:

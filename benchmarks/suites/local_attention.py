@@ -18,6 +18,7 @@ from benchmarks.suite import (
     Sweep,
     Unsupported,
 )
+from benchmarks.suites.attention import backend_candidate
 from hierkernels import dispatch
 from hierkernels.ops.local_attention import reference, testing
 from hierkernels.ops.local_attention.spec import SPEED, LocalCase
@@ -187,7 +188,7 @@ class LocalAttentionSuite(Suite):
 
     def candidates(self, row: str, inputs: LocalInputs, direction: str) -> Iterator[Candidate]:
         if row in dispatch.BACKENDS:
-            yield _backend(row, inputs)
+            yield backend_candidate(row, inputs)
         elif row == "eager":
             yield Candidate(_eager, inputs)
         elif row == "compiled":
@@ -200,14 +201,6 @@ class LocalAttentionSuite(Suite):
             yield _package(inputs)
         else:
             raise ValueError(f"unknown row {row!r}")
-
-
-def _backend(name: str, inputs: LocalInputs) -> Candidate:
-    try:
-        dispatch.resolve("attention", inputs.call(), name)
-    except NotImplementedError as error:
-        raise Unsupported(str(error)) from error
-    return Candidate(lambda i: i.run(name)[0], inputs)
 
 
 def _eager(inputs: LocalInputs) -> torch.Tensor:

@@ -19,13 +19,12 @@ from hierkernels.ops.causal_sgu.call import ACTIVATIONS
 from hierkernels.ops.causal_sgu.spec import ALL_DTYPES, CORRECTNESS, Case, dtype_name
 from hierkernels.ops.causal_sgu.testing import (
     Inputs,
-    case_ids,
     check_accuracy,
     compute,
     make_inputs,
     make_standard,
 )
-from hierkernels.testing import Results, Standard, poisoned_memory, threads
+from hierkernels.testing import Results, Standard, case_ids, poisoned_memory, threads
 
 CORE = native()
 if CORE is None:

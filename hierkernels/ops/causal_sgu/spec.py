@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hierkernels.ops.attention.spec import dtype_name as dtype_name
+
 ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPEED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -75,11 +77,6 @@ class Case:
         # Reads residual, gate, pre-activation and dout; writes a gradient for each input.
         rows, columns = self.weight_shape[1:]
         return (4 + read) * activations + weight + bias + self.H * rows * columns * size
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Such as "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _correctness_cases() -> Iterator[Case]:

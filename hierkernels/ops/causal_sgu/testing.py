@@ -7,7 +7,7 @@ eager PyTorch at that dtype, plus the rounding of each result's terms.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from hierkernels.ops.causal_sgu import api, reference
 from hierkernels.ops.causal_sgu.call import SguCall
-from hierkernels.ops.causal_sgu.spec import Case, dtype_name
+from hierkernels.ops.causal_sgu.spec import Case
 from hierkernels.testing import Errors, Results, Standard, judge
 
 # Where relu's argument is nearer to its kink than this share of its terms, its slope is a toss-up.
@@ -227,15 +227,3 @@ def check_accuracy(
     """Errors of a backend's results against the oracle; AssertionError if one breaks the rule."""
     gradients = any(name.startswith("d") for name in results)
     return (standard or make_standard(inputs, gradients)).check(results)
-
-
-def case_ids(
-    cases: Sequence[Case], dtypes: Sequence[torch.dtype]
-) -> list[tuple[str, Case, torch.dtype]]:
-    """(id, case, dtype) for each case and each of the dtypes it has; id = dtype-case."""
-    return [
-        (f"{dtype_name(dtype)}-{case.name}", case, dtype)
-        for case in cases
-        for dtype in dtypes
-        if dtype in case.dtypes
-    ]
