@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import hierkernels as hk
 from python_models.arguments import check_integer, check_token_type, check_token_values
 from python_models.gmlp_decoder import Decoder
+from python_models.pretrained import Pretrained
 from python_models.reversible import ReversibleSequence, SequentialSequence
 
 # What hk.causal_sgu computes in the same pass; any other function runs after it.
@@ -232,7 +233,7 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class gMLPGPT(nn.Module):
+class gMLPGPT(Pretrained, nn.Module):
     """Autoregressive model of tokens out of causal gated MLPs.
 
     Args:

@@ -27,6 +27,7 @@ import hierkernels as hk
 from python_models.arguments import check_integers, check_token_type, check_token_values
 from python_models.layers import FeedForward, RMSNorm, RotaryEmbedding, apply_rotary, token_shift
 from python_models.megabyte_decoder import Decoder
+from python_models.pretrained import Pretrained
 from python_models.sampling import Recomputation, chooser, draw_tokens
 
 
@@ -95,7 +96,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
-class MEGABYTE(nn.Module):
+class MEGABYTE(Pretrained, nn.Module):
     """Multiscale autoregressive model of tokens, usually bytes.
 
     Args:

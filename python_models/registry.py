@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from python_models.autoregressive_wrapper import AutoregressiveWrapper, next_token_loss
 from python_models.gmlp_gpt import gMLPGPT
 from python_models.megabyte import MEGABYTE
+from python_models.pretrained import tuples
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ByteModel:
             raise ValueError(
                 f"unknown option {sorted(unknown)[0]!r}; there are {', '.join(self.options)}"
             )
-        return self.build(**_tuples(options))
+        return self.build(**{name: tuples(value) for name, value in options.items()})
 
     def parse(self, settings: Sequence[str]) -> dict[str, Any]:
         """The defaults, changed by settings such as ``dim=384,256`` or ``rel_pos=false``."""
@@ -63,17 +64,8 @@ class ByteModel:
             is_tuple = isinstance(options[name], tuple)
             if len(value) != 1 and not is_tuple:
                 raise ValueError(f"option {name} takes one value, got {text!r}")
-            options[name] = _tuple(value if is_tuple else value[0])
+            options[name] = tuples(value if is_tuple else value[0])
         return options
-
-
-def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _tuple(value) for name, value in options.items()}
-
-
-def _tuple(value: Any) -> Any:
-    """Lists as tuples, those in them too."""
-    return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 def _generate_megabyte(
