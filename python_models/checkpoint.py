@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 _PREFIX = "checkpoint-"
 TENSORS = "tensors.safetensors"
 STATE = "state.json"

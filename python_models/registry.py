@@ -17,6 +17,9 @@ from python_models.gmlp_gpt import gMLPGPT
 from python_models.megabyte import MEGABYTE
 from python_models.pretrained import tuples
 
+# Sizes: for a test of seconds, for two CPU cores and minutes, and those of the paper.
+PRESETS = ("tiny", "small", "paper")
+
 
 @dataclass(frozen=True)
 class ByteModel:
@@ -24,7 +27,8 @@ class ByteModel:
 
     Attributes:
         build: makes the module from its options.
-        options: constructor arguments that may be set, with their defaults.
+        options: constructor arguments that may be set, with their values in the preset "small".
+        tiny, paper: what the other presets change of them.
         window: bytes of a training example, given the options.
         loss: mean nats a byte of int64 ``ids (B, window)``, a differentiable scalar.
         generate: yields the bytes ``(B,)`` that follow ``prime (B, N)``, up to window in all; takes
@@ -33,6 +37,8 @@ class ByteModel:
 
     build: Callable[..., nn.Module]
     options: Mapping[str, Any]
+    tiny: Mapping[str, Any]
+    paper: Mapping[str, Any]
     window: Callable[[Mapping[str, Any]], int]
     loss: Callable[[nn.Module, Tensor], Tensor]
     generate: Callable[..., Generator[Tensor, None, None]]
@@ -46,9 +52,10 @@ class ByteModel:
             )
         return self.build(**{name: tuples(value) for name, value in options.items()})
 
-    def parse(self, settings: Sequence[str]) -> dict[str, Any]:
-        """The defaults, changed by settings such as ``dim=384,256`` or ``rel_pos=false``."""
-        options = dict(self.options)
+    def parse(self, settings: Sequence[str], preset: str = "small") -> dict[str, Any]:
+        """A preset's options, changed by settings such as ``dim=384,256`` or ``rel_pos=false``."""
+        changes = {"tiny": self.tiny, "small": {}, "paper": self.paper}
+        options = {**self.options, **changes[preset]}
         for setting in settings:
             name, equals, text = setting.partition("=")
             if not equals:
@@ -107,6 +114,9 @@ MODELS: dict[str, ByteModel] = {
             "rel_pos": True,
             "pos_emb": False,
         },
+        tiny={"dim": (64, 32), "depth": (1, 1), "max_seq_len": (16, 4), "heads": 2, "dim_head": 32},
+        # The one of 758 M and 262 M parameters (Yu et al., 2023, table 11).
+        paper={"dim": (2048, 1024), "depth": (14, 18), "max_seq_len": (1024, 8), "heads": 16},
         window=lambda options: prod(options["max_seq_len"]),
         loss=lambda model, ids: model(ids, return_loss=True),
         generate=_generate_megabyte,
@@ -125,6 +135,9 @@ MODELS: dict[str, ByteModel] = {
             "window": (16, 32, 64, 16, 32, 64),
             "attn_dim": 32,
         },
+        tiny={"dim": 64, "depth": 2, "seq_len": 64, "window": (16, 32), "attn_dim": 16},
+        # aMLP-base of 48 layers (Liu et al., 2021, table 6), over a window of bytes.
+        paper={"dim": 512, "depth": 48, "ff_mult": 6, "heads": 1, "window": None, "attn_dim": 64},
         window=lambda options: options["seq_len"],
         loss=lambda model, ids: next_token_loss(model, _with_start(ids)),
         generate=_generate_gmlp_gpt,
