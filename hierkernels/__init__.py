@@ -6,6 +6,7 @@ from hierkernels.key_range import KeyRange, Staircase
 from hierkernels.ops.attention import attention
 from hierkernels.ops.causal_sgu import causal_sgu
 from hierkernels.ops.local_attention import local_attention
+from hierkernels.ops.selected_attention import selected_attention
 from hierkernels.version import __version__
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "causal_sgu",
     "explain",
     "local_attention",
+    "selected_attention",
     "use_backend",
 ]

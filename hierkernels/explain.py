@@ -9,12 +9,14 @@ from hierkernels import dispatch
 from hierkernels.ops.attention.api import problem as attention_problem
 from hierkernels.ops.causal_sgu.api import problem as causal_sgu_problem
 from hierkernels.ops.local_attention.api import problem as local_attention_problem
+from hierkernels.ops.selected_attention.api import problem as selected_attention_problem
 
 # For each operator, what makes the canonical form of a call from the call's arguments.
 PROBLEMS: dict[str, Callable[..., Any]] = {
     "attention": attention_problem,
     "causal_sgu": causal_sgu_problem,
     "local_attention": local_attention_problem,
+    "selected_attention": selected_attention_problem,
 }
 # Operators that the backends of another one compute.
 _COMPUTED_BY = {"local_attention": "attention"}

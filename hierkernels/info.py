@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,20 +75,26 @@ def _without_paths(text: str) -> str:
     return text.replace(f"{Path(__file__).resolve().parent}", "hierkernels")
 
 
-def _plain_call(op: str, device: str) -> tuple[torch.Tensor | int, ...]:
-    """Arguments of the plainest call of an operator."""
+def _plain_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and options of the plainest call of an operator."""
     if op == "causal_sgu":
         shapes: tuple[tuple[int, ...], ...] = ((1, 1, 64), (1, 1, 64), (1, 1, 1), (1, 1))
     else:
         shapes = ((1, 1, 1, 64),) * 3
     tensors = tuple(torch.empty(shape, device=device) for shape in shapes)
-    return (*tensors, 1) if op == "local_attention" else tensors
+    if op == "local_attention":
+        return (*tensors, 1), {}
+    if op == "selected_attention":
+        named = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
+        return (*tensors, named), {"block_size": 16}
+    return tensors, {}
 
 
 def _backends(op: str, device: str) -> Section:
     """Each backend's state for a plain call of the operator, and the automatic choice."""
     with dispatch.use_backend(None):  # the machine's choice, not the environment's
-        choice = explain(op, *_plain_call(op, device))
+        arguments, options = _plain_call(op, device)
+        choice = explain(op, *arguments, **options)
     rows = []
     for backend in dispatch.BACKENDS:
         reasons = choice.refusals.get(backend)
