@@ -8,6 +8,7 @@ from hierkernels.ops.causal_sgu import causal_sgu
 from hierkernels.ops.compressed_attention import compressed_attention
 from hierkernels.ops.local_attention import local_attention
 from hierkernels.ops.select_blocks import select_blocks
+from hierkernels.ops.selected_attention import selected_attention
 from hierkernels.version import __version__
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "explain",
     "local_attention",
     "select_blocks",
+    "selected_attention",
     "use_backend",
 ]

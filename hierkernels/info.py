@@ -82,6 +82,7 @@ _PLAIN_OPTIONS: dict[str, dict[str, Any]] = {
     "select_blocks": {
         "num_selected": 1, "block_size": 1, "stride": 1, "first_end": 0, "scoring": "logit",
     },
+    "selected_attention": {"block_size": 16},
 }  # fmt: skip
 
 
@@ -92,6 +93,8 @@ def _plain_call(op: str, device: str) -> tuple[list[torch.Tensor], dict[str, Any
     else:
         shapes = ((1, 1, 1, 64),) * (2 if op == "select_blocks" else 3)
     tensors = [torch.empty(shape, device=device) for shape in shapes]
+    if op == "selected_attention":
+        tensors.append(torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device))
     return tensors, _PLAIN_OPTIONS.get(op, {})
 
 

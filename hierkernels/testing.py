@@ -121,7 +121,7 @@ def make_inputs(
         normal(case.B, case.Hkv, case.Nk, case.D),
         normal(case.B, case.Hkv, case.Nk, case.Dv),
     )
-    q, k, v = _lay_out(q, k, v, case.layout)
+    q, k, v = lay_out(q, k, v, case.layout)
     bias = normal(*case.broadcast_shape(case.bias)) if case.bias else None
     mask = _mask(case, generator).to(device) if case.mask else None
     padding = _padding(case, generator).to(device) if case.padding else None
@@ -133,7 +133,7 @@ def make_inputs(
     return Inputs(case, q, k, v, bias, mask, padding, dout, dlse, dropout_seed=0x1234567890ABCDEF)
 
 
-def _lay_out(
+def lay_out(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same values in the memory order that a case names."""
