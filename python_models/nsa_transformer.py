@@ -49,9 +49,7 @@ PAPER_SPARSE_ATTN_KWARGS = MappingProxyType(
 def feed_forward(dim: int, expansion_factor: float = 4.0) -> nn.Sequential:
     """Norm, expansion, GELU, contraction: ``(..., C) -> (..., C)``."""
     hidden = int(dim * expansion_factor)
-    return nn.Sequential(
-        nn.RMSNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
-    )
+    return nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
 class Transformer(Pretrained, nn.Module):
@@ -315,4 +313,3 @@ def _sparse_options(given: Mapping[str, Any], preset: str) -> dict[str, Any]:
     if "compress_block_size" in options:
         options.setdefault("compress_block_sliding_stride", options["compress_block_size"])
     return options
-

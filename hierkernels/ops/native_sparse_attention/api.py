@@ -13,6 +13,8 @@ from hierkernels.ops.native_sparse_attention import reference
 from hierkernels.ops.native_sparse_attention.branches import branches
 from hierkernels.ops.native_sparse_attention.call import PRESETS, NsaCall
 from hierkernels.ops.native_sparse_attention.gated_sum import gated_sum
+from hierkernels.ops.selected_attention import api as selected_attention
+from hierkernels.ops.selected_attention.call import SelectedCall
 
 
 def _check_gates(gates: Any, q: torch.Tensor) -> torch.Tensor:
@@ -38,6 +40,12 @@ def _check_like(name: str, t: torch.Tensor, like_name: str, like: torch.Tensor) 
             f"{name} must have the shape of {like_name} {tuple(like.shape)}, got {tuple(t.shape)}"
         )
     return t
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """As attention.autocast, for tensors some of which may be None."""
+    cast = iter(attention.autocast(*(t for t in tensors if t is not None)))
+    return tuple(None if t is None else next(cast) for t in tensors)
 
 
 def make_call(
@@ -203,11 +211,8 @@ def native_sparse_attention(
     Source: Yuan et al., "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse
     Attention" (2025), section 3.
     """
-    tensors = (q, k, v, k_cmp, v_cmp, q_cmp, k_window, v_window)
-    given = attention.autocast(*(t for t in tensors if t is not None))
-    cast = iter(given)
-    q, k, v, k_cmp, v_cmp, q_cmp, k_window, v_window = (
-        None if t is None else next(cast) for t in tensors
+    q, k, v, k_cmp, v_cmp, q_cmp, k_window, v_window = _autocast(
+        q, k, v, k_cmp, v_cmp, q_cmp, k_window, v_window
     )
     call = make_call(
         q, k, v, k_cmp, v_cmp, gates, preset=preset, block_size=block_size,
@@ -217,3 +222,26 @@ def native_sparse_attention(
         scale=scale,
     )  # fmt: skip
     return run(call, backend)
+
+
+def problem(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cmp: torch.Tensor,
+    v_cmp: torch.Tensor,
+    gates: torch.Tensor,
+    **options: Any,
+) -> SelectedCall:
+    """The canonical form of the selected branch, the largest part, with no block selected."""
+    extra = (options.pop(name, None) for name in ("q_cmp", "k_window", "v_window"))
+    q, k, v, k_cmp, v_cmp, q_cmp, k_window, v_window = _autocast(q, k, v, k_cmp, v_cmp, *extra)
+    call = make_call(
+        q, k, v, k_cmp, v_cmp, gates, q_cmp=q_cmp, k_window=k_window, v_window=v_window, **options
+    )
+    shape = (q.shape[0], (k if call.shared else q).shape[1], q.shape[2], call.num_selected)
+    none = torch.full(shape, -1, dtype=torch.int32, device=q.device)
+    return selected_attention.make_call(
+        q, k, v, none, block_size=call.block_size, is_causal=call.is_causal, scale=call.scale,
+        include_own_block=call.definition.own_block,
+    )  # fmt: skip

@@ -12,36 +12,49 @@ from hierkernels.ops.select_blocks import select_blocks
 from hierkernels.ops.selected_attention import selected_attention
 
 Branches = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_OneOrTwo = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def _one(result: _OneOrTwo) -> torch.Tensor:
+    """The result of an operator that was asked for one tensor."""
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def _two(result: _OneOrTwo) -> tuple[torch.Tensor, torch.Tensor]:
+    """The results of an operator that was asked for two."""
+    assert isinstance(result, tuple)
+    return result
 
 
 def branches(call: NsaCall, backend: str | None) -> Branches:
     """(compressed, selected, window), each (B, Hq, Nq, Dv)."""
-    compressed, lse = compressed_attention(
+    compressed, lse = _two(compressed_attention(
         call.q_cmp, call.k_cmp, call.v_cmp,
         stride=call.stride, first_end=call.first_end, num_memory=call.num_memory,
         strict=call.definition.strict, is_causal=call.is_causal,
         query_offset=call.first_position, scale=call.scale, return_lse=True, backend=backend,
-    )  # fmt: skip
-    window = attention(
+    ))  # fmt: skip
+    window = _one(attention(
         call.q, call.k_window, call.v_window, is_causal=call.is_causal,
         window_size=(call.reach, call.reach), scale=call.scale, backend=backend,
-    )  # fmt: skip
+    ))  # fmt: skip
     return compressed, selected(call, lse, backend), window
 
 
 def selected(call: NsaCall, lse: torch.Tensor, backend: str | None) -> torch.Tensor:
     """The branch of the selected blocks; lse is that of the compressed branch."""
     if call.definition.own_block and _only_own_block(call):
-        return local_attention(
+        return _one(local_attention(
             call.q, call.k, call.v, call.block_size, is_causal=call.is_causal, look_backward=0,
             look_forward=0, scale=call.scale, backend=backend,
-        )  # fmt: skip
+        ))  # fmt: skip
     indices, weights = select(call, lse, backend)
-    return selected_attention(
+    return _one(selected_attention(
         call.q, call.k, call.v, indices, block_size=call.block_size, block_weights=weights,
         include_own_block=call.definition.own_block, is_causal=call.is_causal,
         check_indices=False, scale=call.scale, backend=backend,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _only_own_block(call: NsaCall) -> bool:
@@ -67,6 +80,6 @@ def select(
         scale=call.scale, return_probabilities=call.use_diff_topk, backend=backend,
     )  # fmt: skip
     if not call.use_diff_topk:
-        return found, None
-    indices, p = found
+        return _one(found), None
+    indices, p = _two(found)
     return indices, p + (1 - p).detach()

@@ -33,5 +33,5 @@ class _GatedSum(torch.autograd.Function):
 
 
 def gated_sum(gates: torch.Tensor, parts: Branches, backend: str | None) -> torch.Tensor:
-    """sum over s of gates[..., s] parts[s]: gates (B, H, N, 3), parts (B, H, N, D), out as these."""
+    """The sum over s of gates[..., s] parts[s]: gates (B, H, N, 3), parts (B, H, N, D)."""
     return _GatedSum.apply(gates.to(parts[0].dtype), *parts)
