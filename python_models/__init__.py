@@ -2,6 +2,7 @@
 
 from python_models.autoregressive_wrapper import AutoregressiveWrapper
 from python_models.gmlp_gpt import gMLPGPT
+from python_models.hierarchical_transformer import HierarchicalTransformer
 from python_models.megabyte import MEGABYTE
 
-__all__ = ["MEGABYTE", "AutoregressiveWrapper", "gMLPGPT"]
+__all__ = ["MEGABYTE", "AutoregressiveWrapper", "HierarchicalTransformer", "gMLPGPT"]
