@@ -5,6 +5,8 @@ Shapes: B batch, H heads, N tokens, D head channels, C model channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -42,6 +44,29 @@ class FeedForward(nn.Sequential):
             nn.Dropout(dropout),
             nn.Linear(dim * mult, dim),
         )
+
+
+class PreNorm(nn.Module):
+    """Layer norm, then fn, which gets further arguments as they are."""
+
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        return self.fn(self.norm(x), *args, **options)
+
+
+class Residual(nn.Module):
+    """``x + fn(x)``; fn gets further arguments as they are."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        return x + self.fn(x, *args, **options)
 
 
 class RotaryEmbedding(nn.Module):
