@@ -53,7 +53,7 @@ def test_options_of_hierarchies() -> None:
     model = entry.make(json.loads(json.dumps(entry.parse(OPTIONS))))
     assert isinstance(model, HierarchicalTransformer)
     assert [(h.factor, h.stride, h.window) for h in model.hierarchies] == [(1, 1, 6), (4, 2, None)]
-    with pytest.raises(ValueError, match="dim must be one value or a tuple of 3"):
+    with pytest.raises(ValueError, match="hierarchical_stride must be one value or a tuple of 3"):
         entry.make(entry.parse(["hierarchies=1,2,4"]))
     assert TrainConfig(model="hierarchical").out == "runs/hierarchical"
 
