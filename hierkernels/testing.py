@@ -121,7 +121,7 @@ def make_inputs(
         normal(case.B, case.Hkv, case.Nk, case.D),
         normal(case.B, case.Hkv, case.Nk, case.Dv),
     )
-    q, k, v = _lay_out(q, k, v, case.layout)
+    q, k, v = lay_out(q, k, v, case.layout)
     bias = normal(*case.broadcast_shape(case.bias)) if case.bias else None
     mask = _mask(case, generator).to(device) if case.mask else None
     padding = _padding(case, generator).to(device) if case.padding else None
@@ -133,7 +133,7 @@ def make_inputs(
     return Inputs(case, q, k, v, bias, mask, padding, dout, dlse, dropout_seed=0x1234567890ABCDEF)
 
 
-def _lay_out(
+def lay_out(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same values in the memory order that a case names."""
@@ -244,12 +244,9 @@ def term_sizes(
     k, v = (size(t.repeat_interleave(group, dim=1)) for t in (call.k, call.v))
     q, do, scale = size(call.q), size(inputs.dout), size(torch.tensor(call.scale))
     largest_score = biased.nan_to_num(neginf=0.0).abs().amax(-1) if biased.shape[-1] else 0.0
-    # lse = maximum + log of a sum: either may be the larger term, and the sum's relative error, at
-    # least that of one exponential, is an absolute one of its log.
+    # lse = maximum + log of a sum: either may be the larger term.
     largest_lse = expected["lse"].to(torch.float64).nan_to_num(neginf=0.0).abs()
-    largest = torch.maximum(torch.as_tensor(largest_score).to(largest_lse), largest_lse).clamp(
-        min=1
-    )
+    largest = torch.maximum(torch.as_tensor(largest_score).to(largest_lse), largest_lse)
     sizes = {"out": (p * keep) @ v, "lse": size(largest)}
     if "dq" in expected:
         delta = (size(expected["out"]) * do).sum(-1, keepdim=True)

@@ -14,7 +14,7 @@ def unit_stride(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride()[-1] == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _new_like(t: torch.Tensor, channels: int) -> torch.Tensor:
+def new_like(t: torch.Tensor, channels: int) -> torch.Tensor:
     """Uninitialised, with t's order of heads and tokens in memory and the last stride 1."""
     B, H, N, _ = t.shape
     stride = t.stride()
@@ -71,9 +71,9 @@ class AttentionCall:
         dtype = self.lse_dtype
         # To name the dtype costs half as much as the allocation.
         lse = q.new_empty(B, H, N) if q.dtype == dtype else q.new_empty((B, H, N), dtype=dtype)
-        return _new_like(q, self.v.shape[-1]), lse
+        return new_like(q, self.v.shape[-1]), lse
 
     def new_gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Uninitialised (dq, dk, dv), in the memory order of q, k and v, last stride 1."""
         D, Dv = self.q.shape[-1], self.v.shape[-1]
-        return _new_like(self.q, D), _new_like(self.k, D), _new_like(self.v, Dv)
+        return new_like(self.q, D), new_like(self.k, D), new_like(self.v, Dv)
