@@ -191,11 +191,9 @@ class Memformer(Pretrained, nn.Module):
         """
         if self.decoder is None:
             raise ValueError("generate needs a decoder, the model has none (encoder_only=True)")
-        self.encoder.check_tokens("src", src)
+        self.check_source(src, src_mask)
         if src.shape[1] == 0:
             raise ValueError(f"src must have at least one token, got shape {tuple(src.shape)}")
-        if src_mask is not None:
-            check_mask("src_mask", src_mask, src.device, tuple(src.shape))
         for segment, mask in self.segments(src, src_mask):
             enc, mems = self.encode(segment, mems, mask)
         return self.decoder.generate(
@@ -212,14 +210,18 @@ class Memformer(Pretrained, nn.Module):
         masks = src_mask.split(self.encoder.max_seq_len, dim=1)
         return list(zip(pieces, masks, strict=True))
 
+    def check_source(self, src: Tensor, src_mask: Tensor | None) -> None:
+        """Raises TypeError or ValueError unless they are tokens and a mask that forward takes."""
+        self.encoder.check_tokens("src", src)
+        if src_mask is not None:
+            check_mask("src_mask", src_mask, src.device, tuple(src.shape))
+
     def _encode(
         self, src: Tensor, mems: Tensor | None, src_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The encoder's output ``(B, N, C)`` and the memory before the segment ``(B, M, C)``."""
-        self.encoder.check_tokens("src", src)
+        self.check_source(src, src_mask)
         batch = src.shape[0]
-        if src_mask is not None:
-            check_mask("src_mask", src_mask, src.device, tuple(src.shape))
         if mems is None:
             mems = self.get_initial_mem(batch)
         else:
