@@ -132,7 +132,7 @@ def _blocks() -> Iterator[Case]:
     # Any size: one key, below and beyond the vectors, odd, more than the keys.
     for s in (1, 3, 4, 8, 20, 32, 64, 100, 128, 300):
         yield _case(f"b{s}", B=1, N=200, S=s)
-    yield _case("b64-g16", B=1, H=16, Hkv=1, N=300, S=64)
+    yield _case("b64-g16", B=1, H=16, Hkv=1, N=200, S=64, n=3)
     yield _case("b5-g16-any", B=1, H=16, Hkv=1, N=90, S=5, pattern="any")
     # The number of blocks named: none, one, many, as many as there are and more.
     yield _case("named-0", N=30, n=0)
