@@ -36,6 +36,10 @@ OTHER_LEVELS = (
     "weights-per-head", "d1", "d40", "d40-dv24", "lse-grad", "scale-negative", "logits-x100",
     "layout-packed", "layout-unaligned", "everything",
 )  # fmt: skip
+CONVERSIONS = (
+    "n17", "q7-k200", "g3", "b3", "b20", "any", "weights-twice", "d40", "d40-dv24", "lse-grad",
+    "layout-unaligned", "everything",
+)  # fmt: skip
 
 
 @functools.cache
@@ -52,10 +56,14 @@ def _kernels(inputs: Inputs) -> Results:
 
 
 def _level_ids() -> Iterator[tuple[str, str, str, torch.dtype]]:
-    """(id, level, case, dtype) of the instruction sets below the best one."""
+    """(id, level, case, dtype) of the instruction sets below the best one.
+
+    The products know float32 and float64 alone; other types pass the conversions, which have cases
+    of their own.
+    """
     for isa in ISAS[:-1]:
         for dtype in ALL_DTYPES:
-            for name in OTHER_LEVELS:
+            for name in OTHER_LEVELS if dtype == torch.float32 else CONVERSIONS:
                 yield f"selected_attention-{isa}-{dtype_name(dtype)}-{name}", isa, name, dtype
 
 
