@@ -5,7 +5,10 @@ from hierkernels.explain import explain
 from hierkernels.key_range import KeyRange, Staircase
 from hierkernels.ops.attention import attention
 from hierkernels.ops.causal_sgu import causal_sgu
+from hierkernels.ops.compressed_attention import compressed_attention
 from hierkernels.ops.local_attention import local_attention
+from hierkernels.ops.native_sparse_attention import native_sparse_attention
+from hierkernels.ops.select_blocks import select_blocks
 from hierkernels.ops.selected_attention import selected_attention
 from hierkernels.version import __version__
 
@@ -16,8 +19,11 @@ __all__ = [
     "__version__",
     "attention",
     "causal_sgu",
+    "compressed_attention",
     "explain",
     "local_attention",
+    "native_sparse_attention",
+    "select_blocks",
     "selected_attention",
     "use_backend",
 ]

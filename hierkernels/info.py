@@ -75,26 +75,41 @@ def _without_paths(text: str) -> str:
     return text.replace(f"{Path(__file__).resolve().parent}", "hierkernels")
 
 
-def _plain_call(op: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+# The options that each operator cannot do without.
+_PLAIN_OPTIONS: dict[str, dict[str, Any]] = {
+    "compressed_attention": {"stride": 1, "first_end": 0},
+    "local_attention": {"window_size": 1},
+    "native_sparse_attention": {
+        "preset": "paper", "block_size": 1, "num_selected": 3, "window_size": 1, "stride": 1,
+        "first_end": 0, "compression_window": 1,
+    },
+    "select_blocks": {
+        "num_selected": 1, "block_size": 1, "stride": 1, "first_end": 0, "scoring": "logit",
+    },
+    "selected_attention": {"block_size": 16},
+}  # fmt: skip
+
+
+def _plain_call(op: str, device: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """Arguments and options of the plainest call of an operator."""
     if op == "causal_sgu":
         shapes: tuple[tuple[int, ...], ...] = ((1, 1, 64), (1, 1, 64), (1, 1, 1), (1, 1))
     else:
-        shapes = ((1, 1, 1, 64),) * 3
-    tensors = tuple(torch.empty(shape, device=device) for shape in shapes)
-    if op == "local_attention":
-        return (*tensors, 1), {}
+        count = {"select_blocks": 2, "native_sparse_attention": 5}.get(op, 3)
+        shapes = ((1, 1, 1, 64),) * count
+    tensors = [torch.empty(shape, device=device) for shape in shapes]
     if op == "selected_attention":
-        named = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
-        return (*tensors, named), {"block_size": 16}
-    return tensors, {}
+        tensors.append(torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device))
+    if op == "native_sparse_attention":
+        tensors.append(torch.empty(1, 1, 1, 3, device=device))
+    return tensors, _PLAIN_OPTIONS.get(op, {})
 
 
 def _backends(op: str, device: str) -> Section:
     """Each backend's state for a plain call of the operator, and the automatic choice."""
     with dispatch.use_backend(None):  # the machine's choice, not the environment's
-        arguments, options = _plain_call(op, device)
-        choice = explain(op, *arguments, **options)
+        tensors, options = _plain_call(op, device)
+        choice = explain(op, *tensors, **options)
     rows = []
     for backend in dispatch.BACKENDS:
         reasons = choice.refusals.get(backend)

@@ -9,9 +9,19 @@ from typing import Any
 
 import torch  # first: the core then shares PyTorch's OpenMP runtime and thread pool
 
-CPU_ISAS = ("generic", "avx2", "avx512", "amx")  # each a superset of the one before
+CPU_ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # each a superset of the one before
+# In the order of DType in csrc/common/tensor.h.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64)
 
 _error = "not loaded yet"
+
+
+def kernels_of(isa: str, dtype: torch.dtype) -> str:
+    """The instruction set whose kernels compute dtype at the level isa.
+
+    The kernels of avx512bf16 and amx are for bfloat16; for the rest these levels take avx512's.
+    """
+    return "avx512" if isa in ("avx512bf16", "amx") and dtype != torch.bfloat16 else isa
 
 
 @functools.cache
@@ -30,9 +40,7 @@ def native() -> Any:
     except ImportError as error:
         _error = f"{error}; build it with: python setup.py build_ext --inplace"
         return None
-    module.set_dtypes(
-        (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64)
-    )
+    module.set_dtypes(DTYPES)
     _error = ""
     return module
 

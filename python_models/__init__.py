@@ -2,6 +2,18 @@
 
 from python_models.autoregressive_wrapper import AutoregressiveWrapper
 from python_models.gmlp_gpt import gMLPGPT
+from python_models.hierarchical_transformer import HierarchicalTransformer
 from python_models.megabyte import MEGABYTE
+from python_models.memformer import Memformer
+from python_models.nsa_attention import SparseAttention
+from python_models.nsa_transformer import Transformer as NSATransformer
 
-__all__ = ["MEGABYTE", "AutoregressiveWrapper", "gMLPGPT"]
+__all__ = [
+    "MEGABYTE",
+    "AutoregressiveWrapper",
+    "HierarchicalTransformer",
+    "Memformer",
+    "NSATransformer",
+    "SparseAttention",
+    "gMLPGPT",
+]

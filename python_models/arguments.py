@@ -46,3 +46,21 @@ def check_token_values(name: str, ids: Tensor, num_tokens: int) -> None:
                 f"{name} must be from 0 to num_tokens - 1 = {num_tokens - 1}, got values "
                 f"from {low} to {high}"
             )
+
+
+def check_mask(name: str, mask: object, device: torch.device, *shapes: tuple[int, int]) -> None:
+    """Raises TypeError or ValueError unless mask is bool, on the device, and of one of the shapes.
+
+    The shapes are (batch, tokens).
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool (True = real token), got {mask.dtype}")
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(
+            f"{name} must have shape (batch, tokens) = {' or '.join(map(str, shapes))}, "
+            f"got {tuple(mask.shape)}"
+        )
+    if mask.device != device:
+        raise ValueError(f"{name} must be on the model's device {device}, got {mask.device}")

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from python_models.arguments import check_integer
 from python_models.layers import keep_top
-from python_models.sampling import Recomputation, chooser, draw_tokens, multinomial_sample
+from python_models.sampling import (
+    Recomputation,
+    WindowReader,
+    chooser,
+    draw_tokens,
+    multinomial_sample,
+)
 
 
 def next_token_loss(net: nn.Module, ids: Tensor, ignore_index: int = -100) -> Tensor:
@@ -30,27 +36,6 @@ def next_token_loss(net: nn.Module, ids: Tensor, ignore_index: int = -100) -> Te
         rearrange(ids[:, 1:], "b n -> (b n)").long(),
         ignore_index=ignore_index,
     )
-
-
-class WindowReader:
-    """Decodes with caches while the sequence fits the model, then runs the newest seq_len tokens.
-
-    A token then moves all positions by one, so that nothing computed before is of use.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        self.decoder = net.decoder()
-        self.recomputation = Recomputation(net, net.seq_len)
-        self.free = net.seq_len
-
-    def append(self, ids: Tensor) -> Tensor:
-        """Adds tokens ``ids (B, N)``; returns the logits ``(B, V)`` of the token after them."""
-        self.free -= ids.shape[1]
-        if self.free < 0:
-            self.decoder = None  # its memory is not needed any more
-            return self.recomputation.append(ids)
-        self.recomputation.remember(ids)
-        return self.decoder.append(ids)
 
 
 class AutoregressiveWrapper(nn.Module):
@@ -117,9 +102,8 @@ class AutoregressiveWrapper(nn.Module):
         )
 
         def reader() -> WindowReader | Recomputation:
-            if use_cache:
-                return WindowReader(self.net)
-            return Recomputation(self.net, self.max_seq_len)
+            recomputation = Recomputation(self.net, self.max_seq_len)
+            return WindowReader(self.net.decoder(), recomputation) if use_cache else recomputation
 
         return draw_tokens(self, reader, start_tokens.long(), seq_len, choose)
 

@@ -21,7 +21,8 @@ from torch import Tensor
 import hierkernels as hk
 
 if TYPE_CHECKING:
-    from python_models.gmlp_gpt import PreNorm, gMLPBlock, gMLPGPT
+    from python_models.gmlp_gpt import gMLPBlock, gMLPGPT
+    from python_models.layers import PreNorm
 
 
 class Rows:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import hierkernels as hk
 from python_models.arguments import check_integer, check_token_type, check_token_values
 from python_models.gmlp_decoder import Decoder
+from python_models.layers import PreNorm
 from python_models.pretrained import Pretrained
 from python_models.reversible import ReversibleSequence, SequentialSequence
 
@@ -199,18 +200,6 @@ class AxiallyFold(nn.Module):
         x = rearrange(F.pad(x, (0, 0, 0, -n % e)), "b (n e) c -> (b e) n c", e=e)
         x = rearrange(self.fn(x), "(b e) n c -> b c (n e)", e=e)[:, :, :n]
         return rearrange(self.conv(F.pad(x, (e - 1, 0))), "b c n -> b n c")
-
-
-class PreNorm(nn.Module):
-    """Layer norm, then fn."""
-
-    def __init__(self, dim: int, fn: nn.Module) -> None:
-        super().__init__()
-        self.fn = fn
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fn(self.norm(x))
 
 
 class GEGLU(nn.Module):

@@ -5,6 +5,8 @@ Shapes: B batch, H heads, N tokens, D head channels, C model channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -44,6 +46,29 @@ class FeedForward(nn.Sequential):
         )
 
 
+class PreNorm(nn.Module):
+    """Layer norm, then fn, which gets further arguments as they are."""
+
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        return self.fn(self.norm(x), *args, **options)
+
+
+class Residual(nn.Module):
+    """``x + fn(x)``; fn gets further arguments as they are."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        return x + self.fn(x, *args, **options)
+
+
 class RotaryEmbedding(nn.Module):
     """Rotary positions, half-split layout (Su et al., 2021, section 3.2).
 
@@ -75,10 +100,11 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return turned if turned.dtype == x.dtype else turned.to(x.dtype)
 
 
-def token_shift(x: Tensor) -> Tensor:
-    """Delays the second half of the channels by one position, zero first: ``(B, N, C)``."""
+def token_shift(x: Tensor, by: int = 1) -> Tensor:
+    """Delays the second half of the channels by so many positions, zeros first: ``(B, N, C)``."""
     kept, delayed = x.chunk(2, dim=-1)
-    return torch.cat((kept, F.pad(delayed, (0, 0, 1, -1))), dim=-1)
+    by = min(by, x.shape[1])
+    return torch.cat((kept, F.pad(delayed, (0, 0, by, -by))), dim=-1)
 
 
 class LocalRotaryEmbedding(RotaryEmbedding):
@@ -96,18 +122,22 @@ class LocalRotaryEmbedding(RotaryEmbedding):
         scale = (torch.arange(0, dim, 2) + 0.4 * dim) / (1.4 * dim)
         self.register_buffer("scale", scale, persistent=False)
 
+    def tables(self, length: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Tables for :func:`apply_rotary` of positions 0 to length - 1, of queries and of keys."""
+        cos, sin = self(length)
+        if self.scale_base is None:
+            return (cos, sin), (cos, sin)
+        positions = torch.arange(length, device=cos.device, dtype=cos.dtype)
+        decay = self.scale ** ((positions - length // 2) / self.scale_base)[:, None]
+        decay = torch.cat((decay, decay), dim=-1)
+        return (cos * decay, sin * decay), (cos / decay, sin / decay)
+
     def turn(self, q: Tensor, k: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
         """q, k ``(..., N, D)``, the last query at the last key's position plus ``ahead``."""
         n = k.shape[-2]
-        cos, sin = self(n + ahead)
-        decay = torch.ones_like(cos)
-        if self.scale_base is not None:
-            positions = torch.arange(n + ahead, device=cos.device, dtype=cos.dtype)
-            decay = self.scale ** ((positions - (n + ahead) // 2) / self.scale_base)[:, None]
-            decay = torch.cat((decay, decay), dim=-1)
+        (q_cos, q_sin), (k_cos, k_sin) = self.tables(n + ahead)
         last = slice(n + ahead - q.shape[-2], None)
-        q = apply_rotary(q, (cos[last] * decay[last], sin[last] * decay[last]))
-        return q, apply_rotary(k, (cos[:n] / decay[:n], sin[:n] / decay[:n]))
+        return apply_rotary(q, (q_cos[last], q_sin[last])), apply_rotary(k, (k_cos[:n], k_sin[:n]))
 
 
 class LocalAttention(nn.Module):

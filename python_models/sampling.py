@@ -22,7 +22,7 @@ class Reader(Protocol):
 class Recomputation:
     """Runs the whole model on the whole sequence for every token: what a cache must agree with."""
 
-    def __init__(self, model: nn.Module, limit: int | None = None) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor], limit: int | None = None) -> None:
         """``limit`` is the largest number of tokens, the newest ones, that the model is shown."""
         self.model = model
         self.limit = limit
@@ -37,6 +37,29 @@ class Recomputation:
         """As :meth:`Reader.append`."""
         self.remember(ids)
         return self.model(self.sequence)[:, -1]
+
+
+class WindowReader:
+    """Decodes with caches while the sequence fits the model, then runs the newest tokens anew.
+
+    A token then moves all positions by one, so that nothing computed before is of use.
+    """
+
+    def __init__(self, decoder: Reader, recomputation: Recomputation) -> None:
+        """The sequence fits up to the limit of ``recomputation``."""
+        assert recomputation.limit is not None
+        self.decoder: Reader | None = decoder
+        self.recomputation = recomputation
+        self.free = recomputation.limit
+
+    def append(self, ids: Tensor) -> Tensor:
+        """As :meth:`Reader.append`."""
+        self.free -= ids.shape[1]
+        if self.free < 0 or self.decoder is None:
+            self.decoder = None  # its memory is not needed any more
+            return self.recomputation.append(ids)
+        self.recomputation.remember(ids)
+        return self.decoder.append(ids)
 
 
 def multinomial_sample(

@@ -19,9 +19,11 @@ _UNLIMITED = 2**62  # a window this wide has no end: beyond it, bounds would ove
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int, int]:
-    """Returns the shape of the scores, (B, Hq, Nq, Nk)."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
+def check_qkv(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_name: str, value_name: str
+) -> tuple[int, int, int, int]:
+    """The shape of the scores, (B, Hq, Nq, Nk); errors call k and v by the names given."""
+    for name, t in (("q", q), (key_name, k), (value_name, v)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
         if t.ndim != 4:
@@ -34,7 +36,7 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, 
     (B, Hq, Nq, D), (Bk, Hkv, Nk, Dk), (Bv, Hv, Nv, Dv) = q.shape, k.shape, v.shape
     if dtype not in FLOATS:
         raise TypeError(f"q must be float32, bfloat16, float16 or float64, got {dtype}")
-    for name, t, batch in (("k", k, Bk), ("v", v, Bv)):
+    for name, t, batch in ((key_name, k, Bk), (value_name, v, Bv)):
         if t.dtype != dtype:
             raise TypeError(f"{name} must have the dtype of q ({dtype}), got {t.dtype}")
         if t.device != device:
@@ -44,14 +46,17 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, 
     if D == 0:
         raise ValueError(f"q must have at least one channel, got shape {tuple(q.shape)}")
     if Dk != D:
-        raise ValueError(f"k must have the channels of q ({D}), got {Dk}")
+        raise ValueError(f"{key_name} must have the channels of q ({D}), got {Dk}")
     if Dv == 0:
-        raise ValueError(f"v must have at least one channel, got shape {tuple(v.shape)}")
+        raise ValueError(f"{value_name} must have at least one channel, got shape {tuple(v.shape)}")
     if Hv != Hkv or Nv != Nk:
-        raise ValueError(f"v must have the heads and tokens of k {(Hkv, Nk)}, got {(Hv, Nv)}")
+        raise ValueError(
+            f"{value_name} must have the heads and tokens of {key_name} {(Hkv, Nk)}, got {(Hv, Nv)}"
+        )
     if Hkv == 0 or Hq % Hkv:
         raise ValueError(
-            f"q must have a multiple of the heads of k and v, got {Hq} heads for {Hkv}"
+            "q must have a multiple of the heads of "
+            f"{' and '.join(dict.fromkeys((key_name, value_name)))}, got {Hq} heads for {Hkv}"
         )
     return B, Hq, Nq, Nk
 
@@ -110,7 +115,8 @@ def _check_seed(seed: Any, q: torch.Tensor) -> torch.Tensor:
     return torch.full((), seed, dtype=torch.int64, device=q.device)
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
+    """TypeError if value is no number."""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
@@ -130,9 +136,13 @@ def make_call(
     softcap: float | None = None,
     scale: float | None = None,
     key_range: KeyRange | None = None,
+    names: tuple[str, str] = ("k", "v"),
 ) -> AttentionCall:
-    """Checks the arguments of hk.attention and returns them in canonical form."""
-    B, _, Nq, Nk = full = _check_qkv(q, k, v)
+    """Checks the arguments of hk.attention and returns them in canonical form.
+
+    key_range replaces is_causal and window_size; names are those of k and v in errors.
+    """
+    B, _, Nq, Nk = full = check_qkv(q, k, v, *names)
     left, right = _check_window(window_size)
     if key_range is not None:
         key_range = key_range.canonical()
@@ -173,19 +183,19 @@ def make_call(
             raise ValueError(
                 f"key_padding_mask must be on the device of q, got {key_padding_mask.device}"
             )
-    _check_number("dropout_p", dropout_p)
+    check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
     if dropout_p or dropout_seed is not None:
         dropout_seed = _check_seed(dropout_seed, q)
     if softcap is not None:
-        _check_number("softcap", softcap)
+        check_number("softcap", softcap)
         if not 0.0 < softcap < math.inf:
             raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
     else:
-        _check_number("scale", scale)
+        check_number("scale", scale)
         if not -math.inf < scale < math.inf:
             raise ValueError(f"scale must be finite, got {scale}")
     return AttentionCall(

@@ -7,28 +7,13 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
+from hierkernels.arguments import check_flag, check_int
 from hierkernels.key_range import KeyRange
 from hierkernels.ops.attention import api as attention
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.local_attention import reference
 from hierkernels.ops.local_attention.call import LocalCall
 from hierkernels.ops.local_attention.zero_lookback import merge_zero_keys
-
-_LARGEST = 2**30  # of a window and of a reach in buckets: bounds then fit 64 bits
-
-
-def _check_int(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not least <= value <= _LARGEST:
-        raise ValueError(f"{name} must be at least {least} and at most {_LARGEST}, got {value}")
-    return value
-
-
-def _check_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
 def _check_bias(bias: Any, q: torch.Tensor, width: int, buckets: int) -> torch.Tensor:
@@ -68,14 +53,14 @@ def make_call(
     scale: float | None = None,
 ) -> LocalCall:
     """Checks the arguments of hk.local_attention and returns them in canonical form."""
-    width = _check_int("window_size", window_size, 1)
-    is_causal = _check_flag("is_causal", is_causal)
-    exact_window = _check_flag("exact_window", exact_window)
-    zero_lookback = _check_flag("zero_lookback", zero_lookback)
-    back = _check_int("look_backward", look_backward, 0)
+    width = check_int("window_size", window_size, 1)
+    is_causal = check_flag("is_causal", is_causal)
+    exact_window = check_flag("exact_window", exact_window)
+    zero_lookback = check_flag("zero_lookback", zero_lookback)
+    back = check_int("look_backward", look_backward, 0)
     if look_forward is None:
         look_forward = 0 if is_causal else 1
-    forward = _check_int("look_forward", look_forward, 0)
+    forward = check_int("look_forward", look_forward, 0)
     if is_causal and forward:
         raise ValueError(f"look_forward must be 0 or None with is_causal=True, got {forward}")
     call = attention.make_call(
