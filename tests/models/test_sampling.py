@@ -11,7 +11,7 @@ from torch import Tensor
 from python_models.layers import gumbel_sample
 from python_models.sampling import chooser, collect, keep_nucleus, multinomial_sample
 
-PROBABILITIES = torch.tensor([0.15, 0.4, 0.05, 0.3, 0.1])
+PROBABILITIES = torch.tensor([0.15, 0.4, 0.05, 0.3, 0.1], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ PROBABILITIES = torch.tensor([0.15, 0.4, 0.05, 0.3, 0.1])
     ],
 )
 def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float, kept: list[int]) -> None:
-    logits = PROBABILITIES.double().log()
+    logits = PROBABILITIES.log()
     filtered = keep_nucleus(torch.stack((logits, logits.flip(0))), top_p - 1e-9)
     for row, original in zip((filtered[0], filtered[1].flip(0)), (logits, logits), strict=True):
         assert row.isfinite().nonzero().flatten().tolist() == kept
