@@ -35,7 +35,7 @@ class ByteModel:
         window: bytes of a training example, given the options.
         loss: mean nats a byte of int64 ``ids (B, window)``, a differentiable scalar.
         generate: yields the bytes ``(B,)`` that follow ``prime (B, N)``, up to window in all; takes
-            ``filter_thres``, ``temperature`` and ``generator``.
+            ``filter_thres``, ``top_p``, ``temperature`` and ``generator``.
     """
 
     build: Callable[..., nn.Module]
@@ -285,11 +285,9 @@ def continue_bytes(
     count: int,
     *,
     window: int,
-    filter_thres: float,
-    temperature: float,
-    generator: torch.Generator | None,
+    **settings: Any,
 ) -> Iterator[int]:
-    """Yields ``count`` bytes that follow the prompt.
+    """Yields ``count`` bytes that follow the prompt, drawn by ``entry.generate(**settings)``.
 
     Where the model's window is full, it begins again with the last half of it as the prompt.
     """
@@ -300,9 +298,7 @@ def continue_bytes(
         if len(text) >= window:
             del text[: len(text) - window // 2]
         prime = torch.tensor([list(text)], dtype=torch.long, device=device).reshape(1, -1)
-        tokens = entry.generate(
-            model, prime, filter_thres=filter_thres, temperature=temperature, generator=generator
-        )
+        tokens = entry.generate(model, prime, **settings)
         for token in tokens:
             value = int(token)
             if value > 255:  # padding is a token too, and drawn very seldom
