@@ -185,7 +185,8 @@ def _cases() -> Iterator[NsaCase]:
         yield _case("shared-tensors", preset, 65, own_branches=False)
         yield _case("channels", preset, 65, D=24, Dv=40)
         yield _case("all-blocks", preset, 65, n=9)
-        yield _case("logits-x100", preset, 65, gain=100.0)
+        # In float64 the oracle's rounding of such logits is as large as what it would judge.
+        yield _case("logits-x100", preset, 65, gain=100.0, dtypes=ALL_DTYPES[:3])
         yield _case("no-overlap", preset, 65, l=4, d=4, S=4)
         yield _case("paper-ratios", preset, 130, l=32, d=16, S=64, n=3, w=64, H=2, B=1)
     yield _case("no-memory", "seed", 65, M=0)
