@@ -5,11 +5,15 @@ from python_models.gmlp_gpt import gMLPGPT
 from python_models.hierarchical_transformer import HierarchicalTransformer
 from python_models.megabyte import MEGABYTE
 from python_models.memformer import Memformer
+from python_models.memformer_language_model import MemformerLanguageModel
+from python_models.memory_replay import memory_replay_backprop
 
 __all__ = [
     "MEGABYTE",
     "AutoregressiveWrapper",
     "HierarchicalTransformer",
     "Memformer",
+    "MemformerLanguageModel",
     "gMLPGPT",
+    "memory_replay_backprop",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from python_models.autoregressive_wrapper import AutoregressiveWrapper, next_token_loss
 from python_models.gmlp_gpt import gMLPGPT
 from python_models.megabyte import MEGABYTE
+from python_models.memformer_language_model import MemformerLanguageModel
 from python_models.pretrained import tuples
 
 # Sizes: for a test of seconds, for two CPU cores and minutes, and those of the paper.
@@ -96,6 +97,12 @@ def _generate_gmlp_gpt(
     return AutoregressiveWrapper(model).generate_tokens(_with_start(prime), count, **settings)
 
 
+def _generate_memformer(
+    model: MemformerLanguageModel, prime: Tensor, **settings: Any
+) -> Generator[Tensor, None, None]:
+    return model.generate_tokens(prime, **settings)
+
+
 MODELS: dict[str, ByteModel] = {
     "megabyte": ByteModel(
         build=MEGABYTE,
@@ -141,6 +148,33 @@ MODELS: dict[str, ByteModel] = {
         window=lambda options: options["seq_len"],
         loss=lambda model, ids: next_token_loss(model, _with_start(ids)),
         generate=_generate_gmlp_gpt,
+    ),
+    "memformer": ByteModel(
+        build=MemformerLanguageModel,
+        options={
+            "num_tokens": 256,
+            "dim": 256,
+            "depth": (2, 4),
+            "heads": 4,
+            "segment_len": 128,
+            "segments": 4,
+            "num_memory_slots": 32,
+            "num_mem_updates": 1,
+            "replay": False,
+        },
+        tiny={"dim": 64, "depth": (1, 1), "heads": 2, "segment_len": 16, "num_memory_slots": 8},
+        # The size of the paper's experiments: a deep decoder, many slots, long sequences.
+        paper={
+            "dim": 512,
+            "depth": (4, 16),
+            "heads": 8,
+            "segments": 16,
+            "num_memory_slots": 1024,
+            "replay": True,
+        },
+        window=lambda options: options["segment_len"] * options["segments"],
+        loss=lambda model, ids: model(ids, return_loss=True),
+        generate=_generate_memformer,
     ),
 }
 
