@@ -27,7 +27,7 @@ LEVEL_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
 LEVEL_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
-LEVEL_FLAGS["amx"] = [*LEVEL_FLAGS["avx512"], "-mavx512bf16"]
+LEVEL_FLAGS["avx512bf16"] = LEVEL_FLAGS["amx"] = [*LEVEL_FLAGS["avx512"], "-mavx512bf16"]
 # No -ffast-math: linking with it sets flush-to-zero for the whole process.
 CXX_FLAGS = [
     "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno",

@@ -9,9 +9,17 @@ from typing import Any
 
 import torch  # first: the core then shares PyTorch's OpenMP runtime and thread pool
 
-CPU_ISAS = ("generic", "avx2", "avx512", "amx")  # each a superset of the one before
+CPU_ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # each a superset of the one before
 
 _error = "not loaded yet"
+
+
+def kernels_of(isa: str, dtype: torch.dtype) -> str:
+    """The instruction set whose kernels compute dtype at the level isa.
+
+    The kernels of avx512bf16 and amx are for bfloat16; for the rest these levels take avx512's.
+    """
+    return "avx512" if isa in ("avx512bf16", "amx") and dtype != torch.bfloat16 else isa
 
 
 @functools.cache

@@ -11,7 +11,8 @@
 namespace hierkernels {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "amx"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
+constexpr int kLevels = sizeof kNames / sizeof *kNames;
 
 #if defined(HIERKERNELS_X86)
 // AMX state is off until the process asks for it (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA); threads inherit it.
@@ -37,8 +38,8 @@ Isa detect() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return Isa::kAvx2;
-  const bool amx = __builtin_cpu_supports("avx512bf16") && has_amx_bf16() && request_amx();
-  return amx ? Isa::kAmx : Isa::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  return has_amx_bf16() && request_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 #else
 Isa detect() { return Isa::kGeneric; }
@@ -48,7 +49,7 @@ Isa& current() {
   static Isa isa = [] {
     const char* cap = std::getenv("HIERKERNELS_CPU_ISA");
     Isa found = detected_isa();
-    for (int i = 0; cap && i < 4; ++i)
+    for (int i = 0; cap && i < kLevels; ++i)
       if (!std::strcmp(cap, kNames[i]) && i < static_cast<int>(found)) found = static_cast<Isa>(i);
     return found;
   }();

@@ -1,7 +1,7 @@
 // Vectors of floating-point numbers, written once and compiled for each instruction set.
 //
 // A file that includes this header is compiled for one instruction set and names it: HK_ISA is the namespace inside
-// hierkernels (generic, avx2, avx512, amx). Everything has internal linkage and nothing of the standard library's
+// hierkernels (generic, avx2, avx512, avx512bf16, amx). Everything has internal linkage and nothing of the standard library's
 // templates is used: the linker must never replace a function of one instruction set by that of another.
 #pragma once
 #include <math.h>

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import hierkernels as hk
 from hierkernels import KeyRange, Staircase
-from hierkernels.native import native, native_error
+from hierkernels.native import kernels_of, native, native_error
 from hierkernels.ops.attention import cpu, reference
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.attention.spec import ALL_DTYPES, CORRECTNESS, Case, dtype_name
@@ -77,8 +77,8 @@ def _level_ids() -> Iterator[tuple[str, str, str, torch.dtype]]:
     """(id, level, case, dtype) of the instruction sets below the best one."""
     for isa in ISAS[:-1]:
         for dtype in ALL_DTYPES:
-            if isa == "avx512" and ISAS[-1] == "amx" and dtype != torch.bfloat16:
-                continue  # the level amx takes these kernels for all other dtypes
+            if kernels_of(isa, dtype) == kernels_of(ISAS[-1], dtype):
+                continue
             for name in OTHER_LEVELS:
                 yield f"attention-{isa}-{dtype_name(dtype)}-{name}", isa, name, dtype
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hierkernels import testing
-from hierkernels.native import native, native_error
+from hierkernels.native import kernels_of, native, native_error
 from hierkernels.ops.attention.spec import ALL_DTYPES, Case, dtype_name
 from hierkernels.ops.local_attention.spec import CORRECTNESS, LocalCase
 from hierkernels.ops.local_attention.testing import LocalInputs, make_inputs, make_standard
@@ -51,8 +51,8 @@ def _kernels(inputs: testing.Inputs, threads: int = 2) -> Results:
 def _levels() -> Iterator:
     for isa in ISAS[:-1]:
         for dtype in ALL_DTYPES:
-            if isa == "avx512" and ISAS[-1] == "amx" and dtype != torch.bfloat16:
-                continue  # the level amx takes these kernels for all other dtypes
+            if kernels_of(isa, dtype) == kernels_of(ISAS[-1], dtype):
+                continue
             for name in OTHER_LEVELS:
                 yield pytest.param(
                     isa, name, dtype, id=f"local_attention-{isa}-{dtype_name(dtype)}-{name}"

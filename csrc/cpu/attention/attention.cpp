@@ -13,11 +13,27 @@ struct Kernels {
   void (*backward)(const AttentionParams&);
 };
 
+#if defined(HIERKERNELS_X86)
+// Tiles of dot products work on 16 rows whether they are there or not. Measured on Zen 4: where few are, the kernels of
+// avx512 are up to twice as fast.
+Kernels kernels_of_dot_products(const AttentionParams& p) {
+  const int64_t rows = p.group() * p.n_queries(), unused = (16 - rows % 16) % 16;
+  const bool few = rows < 48 && p.n_keys() < 48;
+  const bool forward = rows >= 8 && !(few && (rows == 8 || unused >= 12));
+  const bool backward = rows >= 16 && !few;
+  return {forward ? avx512bf16::attention_forward : avx512::attention_forward,
+          backward ? avx512bf16::attention_backward : avx512::attention_backward};
+}
+#endif
+
 Kernels kernels_for(const AttentionParams& p) {
 #if defined(HIERKERNELS_X86)
   switch (active_isa()) {
     case Isa::kAmx:
       if (p.q.dtype == DType::kBFloat16) return {amx::attention_forward, amx::attention_backward};
+      return {avx512::attention_forward, avx512::attention_backward};
+    case Isa::kAvx512Bf16:
+      if (p.q.dtype == DType::kBFloat16) return kernels_of_dot_products(p);
       [[fallthrough]];
     case Isa::kAvx512:
       return {avx512::attention_forward, avx512::attention_backward};

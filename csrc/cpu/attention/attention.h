@@ -39,7 +39,7 @@ struct AttentionParams {
 };
 
 // The instruction sets, each a superset of the one before.
-enum class Isa : int { kGeneric, kAvx2, kAvx512, kAmx };
+enum class Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 namespace generic {
 void attention_forward(const AttentionParams& p);
@@ -53,7 +53,11 @@ namespace avx512 {
 void attention_forward(const AttentionParams& p);
 void attention_backward(const AttentionParams& p);
 }  // namespace avx512
-namespace amx {  // bfloat16 only
+namespace avx512bf16 {  // bfloat16 only, as amx
+void attention_forward(const AttentionParams& p);
+void attention_backward(const AttentionParams& p);
+}  // namespace avx512bf16
+namespace amx {
 void attention_forward(const AttentionParams& p);
 void attention_backward(const AttentionParams& p);
 }  // namespace amx

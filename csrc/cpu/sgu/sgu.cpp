@@ -17,6 +17,9 @@ Kernels kernels_for(const SguParams& p) {
   switch (active_isa()) {
     case Isa::kAmx:
       if (p.gate.dtype == DType::kBFloat16) return {amx::sgu_forward, amx::sgu_backward};
+      return {avx512::sgu_forward, avx512::sgu_backward};
+    case Isa::kAvx512Bf16:
+      if (p.gate.dtype == DType::kBFloat16) return {avx512bf16::sgu_forward, avx512bf16::sgu_backward};
       [[fallthrough]];
     case Isa::kAvx512:
       return {avx512::sgu_forward, avx512::sgu_backward};

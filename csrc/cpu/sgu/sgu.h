@@ -55,7 +55,11 @@ namespace avx512 {
 void sgu_forward(const SguParams& p);
 void sgu_backward(const SguParams& p);
 }  // namespace avx512
-namespace amx {  // bfloat16 activations only
+namespace avx512bf16 {  // bfloat16 activations only, as amx
+void sgu_forward(const SguParams& p);
+void sgu_backward(const SguParams& p);
+}  // namespace avx512bf16
+namespace amx {
 void sgu_forward(const SguParams& p);
 void sgu_backward(const SguParams& p);
 }  // namespace amx

@@ -1,16 +1,14 @@
-// AMX tiles and the bfloat16 layouts they multiply. Included by *_amx.cpp only.
+// The layouts in which bfloat16 matrices are multiplied, and packing into them. Included by *_bf16.inl and the products.
 //
 // C (16 x 16 floats) += A (16 rows x 32 bf16) * B (32 x 16): A lies as 16 rows of 64 bytes, B as 16 rows of
-// 64 bytes in which row p holds the pairs (2p, 2p + 1) of all 16 columns.
-//
-// g++ 12's _tile_loadconfig names only part of its operand and _tile_loadd lacks a memory clobber, so that
-// stores may move past a load; hence the assembly here.
+// 64 bytes in which row p holds the pairs (2p, 2p + 1) of all 16 columns. The levels that multiply them, amx_products.h
+// and dot_products.h, give accumulate, score_tiles and ProductSession the same meaning.
 #pragma once
 #include "../../common/tensor.h"
 #include "../scratch.h"
 #include "../simd.h"
 
-namespace hierkernels::amx {
+namespace hierkernels::HK_ISA {
 namespace {
 
 using bf16 = uint16_t;
@@ -33,44 +31,6 @@ struct TypedLayout : ScratchLayout {
     return reinterpret_cast<T*>(base + offset);
   }
 };
-
-// ---- tiles ----
-
-struct alignas(64) TileConfig {
-  uint8_t bytes[64];
-};
-
-// All eight tiles 16 rows of 64 bytes. Once for each thread and parallel region; released at its end.
-struct TileSession {
-  TileSession() {
-    TileConfig config{};
-    config.bytes[0] = 1;
-    for (int t = 0; t < 8; ++t) {
-      config.bytes[16 + 2 * t] = 64;
-      config.bytes[48 + t] = 16;
-    }
-    asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
-  }
-  ~TileSession() { asm volatile("tilerelease" ::: "memory"); }
-  TileSession(const TileSession&) = delete;
-};
-
-template <int T>
-HK_INLINE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(T));
-}
-template <int T>
-HK_INLINE void tile_load(const void* p, int64_t stride_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride_bytes), "i"(T) : "memory");
-}
-template <int T>
-HK_INLINE void tile_store(void* p, int64_t stride_bytes) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride_bytes), "i"(T) : "memory");
-}
-template <int C, int A, int B>
-HK_INLINE void tile_dot() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
-}
 
 // ---- numbers ----
 
@@ -211,7 +171,7 @@ HK_INLINE void zero_row(int steps, bf16* out) {
   for (int s = 0; s < steps; ++s) _mm512_store_si512(out + 32 * s, _mm512_setzero_si512());
 }
 
-// ---- products ----
+// ---- operands of products ----
 
 // Where the C tiles of a product lie: rows `stride` floats apart, the next tile down and right further on.
 struct TileGrid {
@@ -219,38 +179,5 @@ struct TileGrid {
   int64_t stride, down, right;
 };
 
-// C (RT x CT tiles) (+)= A (16 RT rows) * B over `count` steps of 32.
-// A: rows a_stride bf16 apart, the second row tile a_down on, the next step a_step on.
-// B: the second column tile b_right on, the next step b_step on.
-template <int RT, int CT>
-HK_INLINE void accumulate(const TileGrid& c, bool first, const bf16* a, int64_t a_stride, int64_t a_down,
-                          int64_t a_step, const bf16* b, int64_t b_right, int64_t b_step, int count) {
-  static_assert(RT <= 2 && CT <= 2);
-  const int64_t c_bytes = c.stride * 4, a_bytes = a_stride * 2;
-  if (first) {
-    tile_zero<0>();
-    if constexpr (CT > 1) tile_zero<1>();
-    if constexpr (RT > 1) tile_zero<2>();
-    if constexpr (RT > 1 && CT > 1) tile_zero<3>();
-  } else {
-    tile_load<0>(c.base, c_bytes);
-    if constexpr (CT > 1) tile_load<1>(c.base + c.right, c_bytes);
-    if constexpr (RT > 1) tile_load<2>(c.base + c.down, c_bytes);
-    if constexpr (RT > 1 && CT > 1) tile_load<3>(c.base + c.down + c.right, c_bytes);
-  }
-  for (int s = 0; s < count; ++s, a += a_step, b += b_step) {
-    tile_load<6>(b, 64);
-    tile_load<4>(a, a_bytes);
-    tile_dot<0, 4, 6>();
-    if constexpr (CT > 1) tile_load<7>(b + b_right, 64), tile_dot<1, 4, 7>();
-    if constexpr (RT > 1) tile_load<5>(a + a_down, a_bytes), tile_dot<2, 5, 6>();
-    if constexpr (RT > 1 && CT > 1) tile_dot<3, 5, 7>();
-  }
-  tile_store<0>(c.base, c_bytes);
-  if constexpr (CT > 1) tile_store<1>(c.base + c.right, c_bytes);
-  if constexpr (RT > 1) tile_store<2>(c.base + c.down, c_bytes);
-  if constexpr (RT > 1 && CT > 1) tile_store<3>(c.base + c.down + c.right, c_bytes);
-}
-
 }  // namespace
-}  // namespace hierkernels::amx
+}  // namespace hierkernels::HK_ISA

@@ -1,19 +1,20 @@
-// Products by AMX tiles, of bfloat16: 32 rows x 32 columns, 32 terms at a time. Included by *_amx.cpp only.
+// Products of bfloat16 by tiles: 32 rows x 32 columns, 32 terms at a time. Included by *_amx.cpp and *_avx512bf16.cpp
+// after the products they chose, amx_products.h or dot_products.h.
 //
 // Panels are A tiles, [32 terms][half of the rows][16 rows][32 terms]; strips are B tiles,
 // [32 terms][half of the columns][16 pairs of terms][16 columns][2].
 #pragma once
-#include "../attention/amx_tiles.h"
+#include "../attention/bf16_tiles.h"
 #include "../attention/products.h"
 #include "panels.h"
 
-namespace hierkernels::amx {
+namespace hierkernels::HK_ISA {
 namespace {
 
-struct AmxEngine {
+struct Bf16Engine {
   using Element = BFloat16;
   using Sum = float;
-  using Session = TileSession;
+  using Session = ProductSession;
   static constexpr int64_t kStrip = 32, kPanel = 32, kUnit = 32, kGroup = 2;
   static constexpr int64_t kBlockRows = 256, kStepTerms = 256;
   static constexpr bool kTiledGradient = true;
@@ -146,4 +147,4 @@ struct AmxEngine {
 };
 
 }  // namespace
-}  // namespace hierkernels::amx
+}  // namespace hierkernels::HK_ISA
