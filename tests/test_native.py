@@ -69,8 +69,9 @@ def test_environment_with_an_unknown_instruction_set_is_an_error() -> None:
     code = "import torch, hierkernels as hk; q = torch.zeros(1, 1, 1, 4); hk.attention(q, q, q)"
     found = _python(code, HIERKERNELS_CPU_ISA="avx1024")
     assert found.returncode != 0
-    assert "HIERKERNELS_CPU_ISA must be one of generic, avx2, avx512, avx512bf16, amx, got 'avx1024'" in (
-        found.stderr
+    assert (
+        "HIERKERNELS_CPU_ISA must be one of generic, avx2, avx512, avx512bf16, amx, got 'avx1024'"
+        in (found.stderr)
     )
 
 
