@@ -7,6 +7,7 @@ from hierkernels.ops.attention import attention
 from hierkernels.ops.causal_sgu import causal_sgu
 from hierkernels.ops.compressed_attention import compressed_attention
 from hierkernels.ops.local_attention import local_attention
+from hierkernels.ops.native_sparse_attention import native_sparse_attention
 from hierkernels.ops.select_blocks import select_blocks
 from hierkernels.ops.selected_attention import selected_attention
 from hierkernels.version import __version__
@@ -21,6 +22,7 @@ __all__ = [
     "compressed_attention",
     "explain",
     "local_attention",
+    "native_sparse_attention",
     "select_blocks",
     "selected_attention",
     "use_backend",

@@ -10,6 +10,7 @@ from hierkernels.ops.attention.api import problem as attention_problem
 from hierkernels.ops.causal_sgu.api import problem as causal_sgu_problem
 from hierkernels.ops.compressed_attention.api import problem as compressed_attention_problem
 from hierkernels.ops.local_attention.api import problem as local_attention_problem
+from hierkernels.ops.native_sparse_attention.api import problem as native_sparse_attention_problem
 from hierkernels.ops.select_blocks.api import problem as select_blocks_problem
 from hierkernels.ops.selected_attention.api import problem as selected_attention_problem
 
@@ -19,11 +20,16 @@ PROBLEMS: dict[str, Callable[..., Any]] = {
     "causal_sgu": causal_sgu_problem,
     "compressed_attention": compressed_attention_problem,
     "local_attention": local_attention_problem,
+    "native_sparse_attention": native_sparse_attention_problem,
     "select_blocks": select_blocks_problem,
     "selected_attention": selected_attention_problem,
 }
-# Operators that the backends of another one compute.
-_COMPUTED_BY = {"compressed_attention": "attention", "local_attention": "attention"}
+# Operators that the backends of another one compute, or most of them.
+_COMPUTED_BY = {
+    "compressed_attention": "attention",
+    "local_attention": "attention",
+    "native_sparse_attention": "selected_attention",
+}
 
 
 def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> dispatch.Choice:

@@ -79,6 +79,10 @@ def _without_paths(text: str) -> str:
 _PLAIN_OPTIONS: dict[str, dict[str, Any]] = {
     "compressed_attention": {"stride": 1, "first_end": 0},
     "local_attention": {"window_size": 1},
+    "native_sparse_attention": {
+        "preset": "paper", "block_size": 1, "num_selected": 3, "window_size": 1, "stride": 1,
+        "first_end": 0, "compression_window": 1,
+    },
     "select_blocks": {
         "num_selected": 1, "block_size": 1, "stride": 1, "first_end": 0, "scoring": "logit",
     },
@@ -91,10 +95,13 @@ def _plain_call(op: str, device: str) -> tuple[list[torch.Tensor], dict[str, Any
     if op == "causal_sgu":
         shapes: tuple[tuple[int, ...], ...] = ((1, 1, 64), (1, 1, 64), (1, 1, 1), (1, 1))
     else:
-        shapes = ((1, 1, 1, 64),) * (2 if op == "select_blocks" else 3)
+        count = {"select_blocks": 2, "native_sparse_attention": 5}.get(op, 3)
+        shapes = ((1, 1, 1, 64),) * count
     tensors = [torch.empty(shape, device=device) for shape in shapes]
     if op == "selected_attention":
         tensors.append(torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device))
+    if op == "native_sparse_attention":
+        tensors.append(torch.empty(1, 1, 1, 3, device=device))
     return tensors, _PLAIN_OPTIONS.get(op, {})
 
 

@@ -7,6 +7,8 @@ from python_models.megabyte import MEGABYTE
 from python_models.memformer import Memformer
 from python_models.memformer_language_model import MemformerLanguageModel
 from python_models.memory_replay import memory_replay_backprop
+from python_models.nsa_attention import SparseAttention
+from python_models.nsa_transformer import Transformer as NSATransformer
 
 __all__ = [
     "MEGABYTE",
@@ -14,6 +16,8 @@ __all__ = [
     "HierarchicalTransformer",
     "Memformer",
     "MemformerLanguageModel",
+    "NSATransformer",
+    "SparseAttention",
     "gMLPGPT",
     "memory_replay_backprop",
 ]

@@ -22,11 +22,8 @@ import hierkernels as hk
 from python_models.layers import LocalMHA, apply_rotary, token_shift
 
 if TYPE_CHECKING:
-    from python_models.hierarchical_transformer import (
-        Compress,
-        HierarchicalBlock,
-        HierarchicalTransformer,
-    )
+    from python_models.hierarchical_layers import Compress, HierarchicalBlock
+    from python_models.hierarchical_transformer import HierarchicalTransformer
 
 
 class Shift:
@@ -62,6 +59,7 @@ class AttentionCache:
         self.classes = block.classes
         self.capacity = capacity
         self.heads = self.attn.heads
+        self.dim_head = self.attn.to_out.in_features // self.heads
         is_local = isinstance(self.attn, LocalMHA)
         self.window: int | None = self.attn.attn_fn.window_size if is_local else None
         rotary = self.attn.attn_fn.rel_pos if is_local else self.attn.rotary_emb
@@ -80,7 +78,7 @@ class AttentionCache:
         """
         rows = slice(first, first + x.shape[1])
         qkv = self.attn.to_qkv(self.attn.norm(x))
-        qkv = qkv.view(*x.shape[:2], 3, self.heads, -1).permute(0, 2, 3, 1, 4)
+        qkv = qkv.view(*x.shape[:2], 3, self.heads, self.dim_head).permute(0, 2, 3, 1, 4)
         qkv = apply_rotary(qkv, (self.cos[:, :, rows], self.sin[:, :, rows])).transpose(0, 1)
         return qkv[0], qkv[1:]
 
@@ -118,8 +116,7 @@ class BlockCache:
 
     def __init__(self, block: HierarchicalBlock, length: int) -> None:
         """``length`` is the largest number of tokens of the hierarchy."""
-        self.ff = block.ff
-        self.classes = block.classes
+        self.block = block
         self.attention_input, self.ff_input = Shift(block.classes), Shift(block.classes)
         self.attention: AttentionCache | None = None
         if block.attn is not None:
@@ -130,10 +127,8 @@ class BlockCache:
         """All tokens of a prompt: ``(B, M, C) -> (B, M, C)``."""
         if self.attention is not None:
             shifted = self.attention_input.read(x)
-            padded = F.pad(shifted, (0, 0, 0, -x.shape[1] % self.classes))
-            out = self.attention.read(rearrange(padded, "b (m a) c -> (b a) m c", a=self.classes))
-            x = rearrange(out, "(b a) m c -> b (m a) c", a=self.classes)[:, : x.shape[1]] + x
-        x = self.ff(self.ff_input.read(x)) + x
+            x = self.block.by_class(self.attention.read, shifted) + x
+        x = self.block.ff(self.ff_input.read(x)) + x
         self.newest = x[:, -1]
         return x
 
@@ -141,7 +136,7 @@ class BlockCache:
         """Row ``at``: ``(B, C) -> (B, C)``."""
         if self.attention is not None:
             x = self.attention.step(self.attention_input.step(x, at), at) + x
-        self.newest = self.ff(self.ff_input.step(x, at)) + x
+        self.newest = self.block.ff(self.ff_input.step(x, at)) + x
         return self.newest
 
 

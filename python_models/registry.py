@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from python_models.autoregressive_wrapper import AutoregressiveWrapper, next_token_loss
 from python_models.gmlp_gpt import gMLPGPT
+from python_models.hierarchical_transformer import HierarchicalTransformer
 from python_models.megabyte import MEGABYTE
 from python_models.memformer_language_model import MemformerLanguageModel
 from python_models.pretrained import tuples
@@ -76,13 +77,13 @@ class ByteModel:
         return options
 
 
-def _generate_megabyte(
-    model: MEGABYTE, prime: Tensor, **settings: Any
+def _generate(
+    model: MEGABYTE | MemformerLanguageModel, prime: Tensor, **settings: Any
 ) -> Generator[Tensor, None, None]:
     return model.generate_tokens(prime, **settings)
 
 
-# gMLPGPT has no token to begin with: this one, which is no byte, stands before the first.
+# Some models have no token to begin with: this one, which is no byte, stands before the first.
 _START = 256
 
 
@@ -97,10 +98,18 @@ def _generate_gmlp_gpt(
     return AutoregressiveWrapper(model).generate_tokens(_with_start(prime), count, **settings)
 
 
-def _generate_memformer(
-    model: MemformerLanguageModel, prime: Tensor, **settings: Any
+def _hierarchical_loss(model: HierarchicalTransformer, ids: Tensor) -> Tensor:
+    """The value is that of predicting bytes, the gradient that of the total."""
+    total, (next_token, *_) = model(_with_start(ids), return_loss=True)
+    others = total - next_token
+    return next_token + (others - others.detach())
+
+
+def _generate_hierarchical(
+    model: HierarchicalTransformer, prime: Tensor, **settings: Any
 ) -> Generator[Tensor, None, None]:
-    return model.generate_tokens(prime, **settings)
+    count = model.seq_len - prime.shape[1]
+    return model.generate_tokens(_with_start(prime), count, **settings)
 
 
 MODELS: dict[str, ByteModel] = {
@@ -126,7 +135,7 @@ MODELS: dict[str, ByteModel] = {
         paper={"dim": (2048, 1024), "depth": (14, 18), "max_seq_len": (1024, 8), "heads": 16},
         window=lambda options: prod(options["max_seq_len"]),
         loss=lambda model, ids: model(ids, return_loss=True),
-        generate=_generate_megabyte,
+        generate=_generate,
     ),
     "gmlp-gpt": ByteModel(
         build=gMLPGPT,
@@ -148,6 +157,51 @@ MODELS: dict[str, ByteModel] = {
         window=lambda options: options["seq_len"],
         loss=lambda model, ids: next_token_loss(model, _with_start(ids)),
         generate=_generate_gmlp_gpt,
+    ),
+    "hierarchical": ByteModel(
+        build=HierarchicalTransformer,
+        options={
+            "num_tokens": 257,
+            # The start token, which is never predicted.
+            "ignore_index": _START,
+            "dim": (128, 256),
+            "depth": 4,
+            "seq_len": 512,
+            "dim_head": (32, 64),
+            "heads": (4, 4),
+            "ff_mult": (4, 4),
+            "hierarchies": (1, 4),
+            "window_sizes": (64, None),
+            "hierarchical_stride": (1, 1),
+            "hierarchy_merge_all": False,
+            "predict_hierarchy": 1,
+            "predict_use_all_hierarchy": False,
+            "recon_loss_weight": 0.1,
+            "hierarchical_ar_loss_weight": 0.25,
+        },
+        tiny={
+            "dim": (32, 48),
+            "depth": 1,
+            "seq_len": 64,
+            "dim_head": (16, 24),
+            "heads": (2, 2),
+            "window_sizes": (16, None),
+        },
+        # No paper has this model: four hierarchies, each twice as wide as the one before.
+        paper={
+            "dim": (128, 256, 512, 1024),
+            "depth": 8,
+            "seq_len": 1024,
+            "dim_head": (16, 32, 64, 64),
+            "heads": (2, 4, 8, 8),
+            "ff_mult": (2, 2, 4, 4),
+            "hierarchies": (1, 2, 4, 16),
+            "window_sizes": (16, 32, 64, None),
+            "hierarchical_stride": (1, 1, 1, 8),
+        },
+        window=lambda options: options["seq_len"],
+        loss=_hierarchical_loss,
+        generate=_generate_hierarchical,
     ),
     "memformer": ByteModel(
         build=MemformerLanguageModel,
@@ -174,7 +228,7 @@ MODELS: dict[str, ByteModel] = {
         },
         window=lambda options: options["segment_len"] * options["segments"],
         loss=lambda model, ids: model(ids, return_loss=True),
-        generate=_generate_memformer,
+        generate=_generate,
     ),
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from python_models import MEGABYTE, gMLPGPT
+from python_models import MEGABYTE, HierarchicalTransformer, gMLPGPT
 from python_models.pretrained import PretrainedError
 
 
@@ -26,11 +26,19 @@ def gmlp_gpt() -> gMLPGPT:
     )
 
 
+def hierarchical() -> HierarchicalTransformer:
+    return HierarchicalTransformer(
+        num_tokens=16, dim=(16, 24), depth=1, seq_len=12, hierarchies=(1, 4), window_sizes=(4, None)
+    )
+
+
 def tokens(length: int = 12) -> Tensor:
     return torch.randint(16, (2, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("build", [megabyte, gmlp_gpt], ids=["megabyte", "gmlp-gpt"])
+@pytest.mark.parametrize(
+    "build", [megabyte, gmlp_gpt, hierarchical], ids=["megabyte", "gmlp-gpt", "hierarchical"]
+)
 def test_round_trip(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = build()
     model.save_pretrained(tmp_path / "new" / "folder")

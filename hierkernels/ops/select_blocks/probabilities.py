@@ -47,4 +47,5 @@ def probabilities(
     B, H, N, n = indices.shape
     at = indices.clamp(min=0).flatten(2).long()[..., None].expand(B, H, N * n, k.shape[3])
     scores = torch.einsum("bhid,bhind->bhin", q, k.gather(2, at).unflatten(2, (N, n))) * call.scale
-    return torch.exp(scores - total[..., None]).masked_fill(indices < 0, 0.0)
+    # Hidden before the exponential: one that overflows would have the gradient 0 * inf.
+    return (scores - total[..., None]).masked_fill(indices < 0, -torch.inf).exp()
