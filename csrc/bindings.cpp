@@ -1,66 +1,18 @@
-// The Python module hierkernels._native. Tensors come as Python objects with torch's interface; no torch header.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The Python module hierkernels._native; no torch header.
+#include "bindings.h"
 
-#include <array>
-#include <stdexcept>
 #include <string>
 
 #include "cpu/attention/attention.h"
 #include "cpu/isa.h"
 #include "cpu/sgu/sgu.h"
-#if defined(HIERKERNELS_CUDA)
-#include "cuda/launch.h"
-#endif
 
 namespace py = pybind11;
 using hierkernels::AttentionParams;
-using hierkernels::DType;
 using hierkernels::SguParams;
-using hierkernels::Tensor;
+using hierkernels::tensor;
 
 namespace {
-
-PyObject* g_dtypes[6] = {};  // torch's dtype objects, in the order of DType
-
-DType dtype_of(const py::object& dtype) {
-  for (int i = 0; i < 6; ++i)
-    if (g_dtypes[i] == dtype.ptr()) return static_cast<DType>(i);
-  throw py::type_error("unsupported dtype " + std::string(py::str(dtype)));
-}
-
-py::object checked(PyObject* result) {
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-// The integers of a tuple, at most 4; returns how many.
-int integers(const py::object& tuple, int64_t* out) {
-  const Py_ssize_t count = PyTuple_Check(tuple.ptr()) ? PyTuple_GET_SIZE(tuple.ptr()) : 5;
-  if (count > 4) throw py::value_error("at most 4 dimensions");
-  for (Py_ssize_t d = 0; d < count; ++d) {
-    out[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), d));
-    if (out[d] == -1 && PyErr_Occurred()) throw py::error_already_set();
-  }
-  return static_cast<int>(count);
-}
-
-Tensor tensor(const py::object& t) {
-  Tensor out;
-  if (t.is_none()) return out;
-  // Interned names, and Python's own functions where pybind11 would look at types first: a call is
-  // made of microseconds.
-  static PyObject* const kDataPtr = PyUnicode_InternFromString("data_ptr");
-  static PyObject* const kDtype = PyUnicode_InternFromString("dtype");
-  static PyObject* const kShape = PyUnicode_InternFromString("shape");
-  static PyObject* const kStride = PyUnicode_InternFromString("stride");
-  out.data = PyLong_AsVoidPtr(checked(PyObject_CallMethodNoArgs(t.ptr(), kDataPtr)).ptr());
-  if (!out.data && PyErr_Occurred()) throw py::error_already_set();
-  out.dtype = dtype_of(checked(PyObject_GetAttr(t.ptr(), kDtype)));
-  out.ndim = integers(checked(PyObject_GetAttr(t.ptr(), kShape)), out.size);
-  integers(checked(PyObject_CallMethodNoArgs(t.ptr(), kStride)), out.stride);
-  return out;
-}
 
 AttentionParams params(const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
                        const py::object& mask, const py::object& padding, const py::object& seed,
@@ -100,10 +52,7 @@ SguParams sgu_params(const py::object& residual, const py::object& gate, const p
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of hierkernels.";
-  m.def("set_dtypes", [](const py::tuple& dtypes) {
-    if (dtypes.size() != 6) throw py::value_error("6 dtypes expected");
-    for (int i = 0; i < 6; ++i) g_dtypes[i] = py::object(dtypes[i]).release().ptr();
-  });
+  hierkernels::bind_dtypes(m);
 
   m.def("cpu_isa", [] { return hierkernels::isa_name(hierkernels::active_isa()); });
   m.def("set_cpu_isa", [](const std::string& name) {
@@ -174,13 +123,7 @@ PYBIND11_MODULE(_native, m) {
         });
 
 #if defined(HIERKERNELS_CUDA)
-  m.attr("cuda_version") = hierkernels::cuda::runtime_version();
-  m.attr("cuda_kernels") = hierkernels::cuda::kernel_names();
-  m.def("cuda_attention_delta", [](const py::object& out, const py::object& dout, const py::object& dlse,
-                                   const py::object& delta, uintptr_t stream) {
-    hierkernels::cuda::attention_delta(tensor(out), tensor(dout), tensor(dlse), tensor(delta),
-                                       reinterpret_cast<void*>(stream));
-  });
+  hierkernels::bind_cuda(m);
 #else
   m.attr("cuda_version") = py::none();
   m.attr("cuda_kernels") = "";

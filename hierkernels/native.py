@@ -10,6 +10,8 @@ from typing import Any
 import torch  # first: the core then shares PyTorch's OpenMP runtime and thread pool
 
 CPU_ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # each a superset of the one before
+# In the order of DType in csrc/common/tensor.h.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64)
 
 _error = "not loaded yet"
 
@@ -38,9 +40,7 @@ def native() -> Any:
     except ImportError as error:
         _error = f"{error}; build it with: python setup.py build_ext --inplace"
         return None
-    module.set_dtypes(
-        (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64)
-    )
+    module.set_dtypes(DTYPES)
     _error = ""
     return module
 

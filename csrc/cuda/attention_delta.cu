@@ -1,17 +1,11 @@
 // delta = rowsum(out * dout) - dlse, one warp for each row.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
-#include "launch.h"
+#include "common/launch.h"
+#include "common/ptx.h"
+#include "operators.h"
 
 namespace hierkernels::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kRowsPerBlock = 8;  // a warp each
 
 struct DeltaParams {
@@ -24,20 +18,15 @@ struct DeltaParams {
 };
 
 template <class T>
-__device__ float to_float(T x) {
-  return static_cast<float>(x);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kWarp* kRowsPerBlock) attention_delta_kernel(const DeltaParams p) {
+__global__ void __launch_bounds__(kWarp* kRowsPerBlock) attention_delta_kernel(const __grid_constant__ DeltaParams p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
   if (row >= p.rows) return;
   const int64_t i = row % p.tokens, h = row / p.tokens % p.heads, b = row / p.tokens / p.heads;
   const T* out = static_cast<const T*>(p.out) + b * p.out_stride[0] + h * p.out_stride[1] + i * p.out_stride[2];
   const T* dout = static_cast<const T*>(p.dout) + b * p.dout_stride[0] + h * p.dout_stride[1] + i * p.dout_stride[2];
   float sum = 0.f;
-  for (int d = threadIdx.x % kWarp; d < p.channels; d += kWarp) sum += to_float(out[d]) * to_float(dout[d]);
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
+  for (int d = threadIdx.x % kWarp; d < p.channels; d += kWarp) sum += ptx::to_float(out[d]) * ptx::to_float(dout[d]);
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lane);
   if (threadIdx.x % kWarp == 0) p.delta[row] = sum - (p.dlse ? p.dlse[row] : 0.f);
 }
 
@@ -51,27 +40,20 @@ void attention_delta(const Tensor& out, const Tensor& dout, const Tensor& dlse, 
     p.dout_stride[d] = dout.stride[d];
   }
   if (p.rows == 0) return;
-  const dim3 grid(static_cast<unsigned>((p.rows + kRowsPerBlock - 1) / kRowsPerBlock)), block(kWarp * kRowsPerBlock);
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  const int64_t blocks = (p.rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  const auto run = [&](void (*kernel)(DeltaParams)) {
+    launch("attention_delta", kernel, blocks, kWarp * kRowsPerBlock, 0, stream, p);
+  };
   switch (out.dtype) {
     case DType::kFloat32:
-      attention_delta_kernel<float><<<grid, block, 0, s>>>(p);
-      break;
+      return run(attention_delta_kernel<float>);
     case DType::kBFloat16:
-      attention_delta_kernel<__nv_bfloat16><<<grid, block, 0, s>>>(p);
-      break;
+      return run(attention_delta_kernel<BFloat16>);
     case DType::kFloat16:
-      attention_delta_kernel<__half><<<grid, block, 0, s>>>(p);
-      break;
+      return run(attention_delta_kernel<Float16>);
     default:
       throw std::runtime_error("attention_delta: float32, bfloat16 or float16 expected");
   }
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
-    throw std::runtime_error(std::string("attention_delta: ") + cudaGetErrorString(error));
 }
-
-int runtime_version() { return CUDART_VERSION; }
-
-const char* kernel_names() { return "attention_delta"; }
 
 }  // namespace hierkernels::cuda

@@ -9,7 +9,7 @@ namespace hierkernels::cuda {
 // contiguous. Runs on `stream` (a cudaStream_t). Throws std::runtime_error if the launch fails.
 void attention_delta(const Tensor& out, const Tensor& dout, const Tensor& dlse, const Tensor& delta, void* stream);
 
-int runtime_version();           // as CUDART_VERSION: 13000 is 13.0
-const char* kernel_names();      // of the kernels that were compiled in, separated by spaces
+
+int runtime_version();  // as CUDART_VERSION: 13000 is 13.0; 0 in the emulation
 
 }  // namespace hierkernels::cuda

@@ -1,0 +1,25 @@
+// What the files that bind kernels to Python share. Tensors come as Python objects with torch's interface.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "common/tensor.h"
+
+namespace hierkernels {
+
+// m.set_dtypes(torch's dtypes, in the order of DType): called once, when the module is loaded.
+void bind_dtypes(pybind11::module_& m);
+
+// The tensor t as kernels see it; an empty one for None. Throws a Python error if it cannot be.
+Tensor tensor(const pybind11::object& t);
+
+// Called with every tensor that is bound, if set: the tests' emulation then knows what kernels may touch.
+extern void (*tensor_observer)(const Tensor& t);
+
+#if defined(HIERKERNELS_CUDA) || defined(HIERKERNELS_CUDA_EMULATION)
+void bind_cuda(pybind11::module_& m);
+#endif
+
+}  // namespace hierkernels

@@ -1,0 +1,66 @@
+// Tensors from Python objects with torch's interface; no torch header.
+#include <stdexcept>
+#include <string>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace hierkernels {
+
+void (*tensor_observer)(const Tensor& t) = nullptr;
+
+namespace {
+
+PyObject* g_dtypes[6] = {};  // torch's dtype objects, in the order of DType
+
+DType dtype_of(const py::object& dtype) {
+  for (int i = 0; i < 6; ++i)
+    if (g_dtypes[i] == dtype.ptr()) return static_cast<DType>(i);
+  throw py::type_error("unsupported dtype " + std::string(py::str(dtype)));
+}
+
+py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// The integers of a tuple, at most 4; returns how many.
+int integers(const py::object& tuple, int64_t* out) {
+  const Py_ssize_t count = PyTuple_Check(tuple.ptr()) ? PyTuple_GET_SIZE(tuple.ptr()) : 5;
+  if (count > 4) throw py::value_error("at most 4 dimensions");
+  for (Py_ssize_t d = 0; d < count; ++d) {
+    out[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), d));
+    if (out[d] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  return static_cast<int>(count);
+}
+
+}  // namespace
+
+void bind_dtypes(py::module_& m) {
+  m.def("set_dtypes", [](const py::tuple& dtypes) {
+    if (dtypes.size() != 6) throw py::value_error("6 dtypes expected");
+    for (int i = 0; i < 6; ++i) g_dtypes[i] = py::object(dtypes[i]).release().ptr();
+  });
+}
+
+Tensor tensor(const py::object& t) {
+  Tensor out;
+  if (t.is_none()) return out;
+  // Interned names, and Python's own functions where pybind11 would look at types first: a call is
+  // made of microseconds.
+  static PyObject* const kDataPtr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const kDtype = PyUnicode_InternFromString("dtype");
+  static PyObject* const kShape = PyUnicode_InternFromString("shape");
+  static PyObject* const kStride = PyUnicode_InternFromString("stride");
+  out.data = PyLong_AsVoidPtr(checked(PyObject_CallMethodNoArgs(t.ptr(), kDataPtr)).ptr());
+  if (!out.data && PyErr_Occurred()) throw py::error_already_set();
+  out.dtype = dtype_of(checked(PyObject_GetAttr(t.ptr(), kDtype)));
+  out.ndim = integers(checked(PyObject_GetAttr(t.ptr(), kShape)), out.size);
+  integers(checked(PyObject_CallMethodNoArgs(t.ptr(), kStride)), out.stride);
+  if (tensor_observer) tensor_observer(out);
+  return out;
+}
+
+}  // namespace hierkernels
