@@ -21,6 +21,7 @@ test: build
 compile-gpu: build
 	$(BIN)/python -m hierkernels.ops.attention.aot
 	$(BIN)/python -m hierkernels.ops.causal_sgu.aot
+	$(BIN)/python -m hierkernels.ops.selected_attention.aot
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
