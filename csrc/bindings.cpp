@@ -5,6 +5,7 @@
 
 #include "cpu/attention/attention.h"
 #include "cpu/isa.h"
+#include "cpu/select_blocks/select_blocks.h"
 #include "cpu/sgu/sgu.h"
 
 namespace py = pybind11;
@@ -120,6 +121,37 @@ PYBIND11_MODULE(_native, m) {
           p.dgate_residual = tensor(dgate_residual);
           py::gil_scoped_release release;
           hierkernels::sgu_backward(p);
+        });
+
+  m.def("select_blocks",
+        [](const py::object& q, const py::object& k, const py::object& lse, int64_t heads,
+           const std::array<int64_t, 5>& visible, const std::array<int64_t, 5>& candidates,
+           const std::array<int64_t, 9>& blocks, bool exclude_own_block, double scale, uintptr_t indices) {
+          const auto staircase = [](const std::array<int64_t, 5>& s) {
+            return hierkernels::Staircase{s[0], s[1], s[2], s[3], s[4]};
+          };
+          hierkernels::SelectParams p;
+          p.q = tensor(q);
+          p.k = tensor(k);
+          p.lse = tensor(lse);
+          p.indices = reinterpret_cast<int32_t*>(indices);
+          p.heads = heads;
+          p.merged = p.q.size[1] / heads;
+          p.visible = staircase(visible);
+          p.candidates = staircase(candidates);
+          p.num_blocks = blocks[0];
+          p.windows_per_block = blocks[1];
+          p.chunks_per_window = blocks[2];
+          p.first_chunk = blocks[3];
+          p.block_size = blocks[4];
+          p.query_offset = blocks[5];
+          p.num_selected = blocks[6];
+          p.num_initial = blocks[7];
+          p.num_local = blocks[8];
+          p.exclude_own_block = exclude_own_block;
+          p.scale = scale;
+          py::gil_scoped_release release;
+          hierkernels::select_blocks(p);
         });
 
 #if defined(HIERKERNELS_CUDA)

@@ -153,6 +153,7 @@ class MemformerLanguageModel(Pretrained, nn.Module):
         seq_len: int | None = None,
         filter_thres: float = 0.9,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
     ) -> Generator[Tensor, None, None]:
@@ -164,13 +165,14 @@ class MemformerLanguageModel(Pretrained, nn.Module):
                 ``segment_len * segments``. It may be larger: the memory takes no more room.
             filter_thres: share of the vocabulary that is never drawn, the least likely tokens.
             temperature: divides the logits; 0 takes the most likely token.
+            top_p: draw only from the likeliest tokens that together have this probability.
             use_cache: False computes the whole sequence anew for each token. The tokens are the
                 same.
             generator: source of the random numbers; None is PyTorch's default generator.
 
         Raises:
-            TypeError, ValueError: a prime that the model does not know; a seq_len, temperature or
-                filter_thres out of range.
+            TypeError, ValueError: a prime that the model does not know; a seq_len, temperature,
+                filter_thres or top_p out of range.
         """
         self._check_ids("prime", prime)
         total = self.max_seq_len if seq_len is None else seq_len
@@ -180,7 +182,9 @@ class MemformerLanguageModel(Pretrained, nn.Module):
                 f"seq_len counts the prime as well: it must be at least {prime.shape[1]}, "
                 f"got {total}"
             )
-        draw = chooser(temperature=temperature, filter_thres=filter_thres, generator=generator)
+        draw = chooser(
+            temperature=temperature, filter_thres=filter_thres, top_p=top_p, generator=generator
+        )
 
         def choose(logits: Tensor) -> Tensor:
             return draw(logits[:, : self.start_token])  # which is never said
