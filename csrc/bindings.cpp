@@ -6,10 +6,12 @@
 #include "cpu/attention/attention.h"
 #include "cpu/isa.h"
 #include "cpu/select_blocks/select_blocks.h"
+#include "cpu/selected_attention/selected_attention.h"
 #include "cpu/sgu/sgu.h"
 
 namespace py = pybind11;
 using hierkernels::AttentionParams;
+using hierkernels::SelectedParams;
 using hierkernels::SguParams;
 using hierkernels::tensor;
 
@@ -33,6 +35,22 @@ AttentionParams params(const py::object& q, const py::object& k, const py::objec
   p.bias_width = bias_width;
   p.bias_before = bias_before;
   if (!seed.is_none()) p.seed = static_cast<uint64_t>(*tensor(seed).as<int64_t>());
+  return p;
+}
+
+SelectedParams selected_params(const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
+                               const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal,
+                               double scale) {
+  SelectedParams p;
+  p.q = tensor(q);
+  p.k = tensor(k);
+  p.v = tensor(v);
+  p.indices = tensor(indices);
+  p.weights = tensor(weights);
+  p.block_size = block_size;
+  p.include_own_block = include_own_block;
+  p.is_causal = is_causal;
+  p.scale = scale;
   return p;
 }
 
@@ -95,6 +113,34 @@ PYBIND11_MODULE(_native, m) {
           p.dbias = tensor(dbias).broadcast();
           py::gil_scoped_release release;
           hierkernels::attention_backward(p);
+        });
+
+  m.def("selected_forward",
+        [](const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
+           const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal, double scale,
+           const py::object& out, const py::object& lse) {
+          SelectedParams p = selected_params(q, k, v, indices, weights, block_size, include_own_block, is_causal, scale);
+          p.out = tensor(out);
+          p.lse = tensor(lse);
+          py::gil_scoped_release release;
+          hierkernels::selected_forward(p);
+        });
+  m.def("selected_backward",
+        [](const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
+           const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal, double scale,
+           const py::object& out, const py::object& lse, const py::object& dout, const py::object& dlse,
+           const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dweights) {
+          SelectedParams p = selected_params(q, k, v, indices, weights, block_size, include_own_block, is_causal, scale);
+          p.out = tensor(out);
+          p.lse = tensor(lse);
+          p.dout = tensor(dout);
+          p.dlse = tensor(dlse);
+          p.dq = tensor(dq);
+          p.dk = tensor(dk);
+          p.dv = tensor(dv);
+          p.dweights = tensor(dweights);
+          py::gil_scoped_release release;
+          hierkernels::selected_backward(p);
         });
 
   m.def("sgu_forward",
