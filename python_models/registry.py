@@ -16,6 +16,7 @@ from python_models.autoregressive_wrapper import AutoregressiveWrapper, next_tok
 from python_models.gmlp_gpt import gMLPGPT
 from python_models.hierarchical_transformer import HierarchicalTransformer
 from python_models.megabyte import MEGABYTE
+from python_models.memformer_language_model import MemformerLanguageModel
 from python_models.nsa_transformer import PAPER_SPARSE_ATTN_KWARGS
 from python_models.nsa_transformer import Transformer as NSATransformer
 from python_models.pretrained import tuples
@@ -78,8 +79,8 @@ class ByteModel:
         return options
 
 
-def _generate_megabyte(
-    model: MEGABYTE, prime: Tensor, **settings: Any
+def _generate(
+    model: MEGABYTE | MemformerLanguageModel, prime: Tensor, **settings: Any
 ) -> Generator[Tensor, None, None]:
     return model.generate_tokens(prime, **settings)
 
@@ -160,7 +161,7 @@ MODELS: dict[str, ByteModel] = {
         paper={"dim": (2048, 1024), "depth": (14, 18), "max_seq_len": (1024, 8), "heads": 16},
         window=lambda options: prod(options["max_seq_len"]),
         loss=lambda model, ids: model(ids, return_loss=True),
-        generate=_generate_megabyte,
+        generate=_generate,
     ),
     "gmlp-gpt": ByteModel(
         build=gMLPGPT,
@@ -227,6 +228,33 @@ MODELS: dict[str, ByteModel] = {
         window=lambda options: options["seq_len"],
         loss=_hierarchical_loss,
         generate=_generate_hierarchical,
+    ),
+    "memformer": ByteModel(
+        build=MemformerLanguageModel,
+        options={
+            "num_tokens": 256,
+            "dim": 256,
+            "depth": (2, 4),
+            "heads": 4,
+            "segment_len": 128,
+            "segments": 4,
+            "num_memory_slots": 32,
+            "num_mem_updates": 1,
+            "replay": False,
+        },
+        tiny={"dim": 64, "depth": (1, 1), "heads": 2, "segment_len": 16, "num_memory_slots": 8},
+        # The size of the paper's experiments: a deep decoder, many slots, long sequences.
+        paper={
+            "dim": 512,
+            "depth": (4, 16),
+            "heads": 8,
+            "segments": 16,
+            "num_memory_slots": 1024,
+            "replay": True,
+        },
+        window=lambda options: options["segment_len"] * options["segments"],
+        loss=lambda model, ids: model(ids, return_loss=True),
+        generate=_generate,
     ),
     "nsa": ByteModel(
         build=_build_nsa,
