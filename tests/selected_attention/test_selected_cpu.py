@@ -23,8 +23,9 @@ from hierkernels.testing import Results, Standard, case_ids, poisoned_memory, th
 CORE = native()
 if CORE is None:
     pytest.skip(f"the compiled core is missing: {native_error()}", allow_module_level=True)
-# The level amx has no kernel of its own: it takes that of avx512.
-ISAS: list[str] = [isa for isa in CORE.cpu_isas() if isa != "amx"]
+# The levels above avx512 have no kernel of their own: they take that of avx512.
+LEVELS = ("generic", "avx2", "avx512")
+ISAS: list[str] = [isa for isa in CORE.cpu_isas() if isa in LEVELS]
 CASES = {case.name: case for case in CORRECTNESS}
 
 # All cases run on the best instruction set. The others are the same source at another vector width,
@@ -88,3 +89,16 @@ def test_accuracy_on_other_levels(
     set_isa(isa)
     inputs, standard = _standard(name, dtype)
     check_accuracy(inputs, _kernels(inputs), standard)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in CORE.cpu_isas() if isa not in LEVELS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_higher_levels_take_the_kernel_of_avx512(
+    dtype: torch.dtype, isa: str, set_isa: Callable[[str], None]
+) -> None:
+    inputs = make_inputs(CASES["everything"], dtype)
+    set_isa("avx512")
+    expected = compute(inputs, "cpu")
+    set_isa(isa)
+    for name, value in compute(inputs, "cpu").items():
+        assert torch.equal(value, expected[name]), name

@@ -9,6 +9,7 @@ void select_blocks(const SelectParams& p) {
 #if defined(HIERKERNELS_X86)
   switch (active_isa()) {
     case Isa::kAmx:
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return avx512::select_blocks(p);
     case Isa::kAvx2:

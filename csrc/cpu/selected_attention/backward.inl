@@ -114,7 +114,7 @@ class SelectedBackward {
 
   // Ranges of queries for the tasks of a head, and chunks of a range, whose dQ is in scratch at the same time.
   void plan(int64_t threads) {
-    constexpr int64_t kPartialBudget = int64_t{512} << 20, kChunkBudget = int64_t{16} << 20, kLeastQueries = 64;
+    constexpr int64_t kPartialBudget = int64_t{512} << 20, kChunkBudget = int64_t{4} << 20, kLeastQueries = 64;
     const int64_t pairs = p_.batch() * p_.kv_heads(), queries = p_.n_queries();
     splits_ = 1;
     if (pairs > 0 && pairs < 4 * threads) {

@@ -15,6 +15,7 @@ Kernels kernels_in_use() {
 #if defined(HIERKERNELS_X86)
   switch (active_isa()) {
     case Isa::kAmx:
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return {avx512::selected_forward, avx512::selected_backward};
     case Isa::kAvx2:

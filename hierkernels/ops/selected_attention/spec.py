@@ -171,6 +171,8 @@ def _weights() -> Iterator[Case]:
 def _numbers() -> Iterator[Case]:
     for d in (1, 8, 40, 64, 80, 128, 192):
         yield _case(f"d{d}", B=1, N=70, D=d)
+    # So wide that the gradients of all queries do not fit the caches.
+    yield _case("d512-g16", B=1, H=16, Hkv=1, N=150, D=512, n=3, dtypes=(torch.bfloat16,))
     for d, dv in ((32, 72), (40, 24), (8, 1)):
         yield _case(f"d{d}-dv{dv}", B=1, N=70, D=d, Dv=dv)
     yield _case("lse-grad", N=130, lse_grad=True)
