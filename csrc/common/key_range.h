@@ -2,11 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define HIERKERNELS_ANYWHERE __host__ __device__
-#else
-#define HIERKERNELS_ANYWHERE
-#endif
+#include "anywhere.h"
 
 namespace hierkernels {
 

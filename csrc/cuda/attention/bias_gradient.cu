@@ -11,13 +11,13 @@
 namespace hierkernels::cuda {
 namespace {
 
-__host__ __device__ inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+HIERKERNELS_ANYWHERE inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // The tiles of the bias and, for each, the visits: a product of four counts each, innermost last.
 struct Visits {
   int tiles[4], visits[4];
 
-  __host__ __device__ Visits(const AttentionArgs& p, int rows, int keys) {
+  HIERKERNELS_ANYWHERE Visits(const AttentionArgs& p, int rows, int keys) {
     const int64_t* size = p.bias_size;
     const int batches = p.items / p.kv_heads;
     tiles[0] = static_cast<int>(size[0]);
@@ -29,7 +29,7 @@ struct Visits {
     visits[2] = p.bias_width ? divide_up(p.n_queries, p.bias_width) : size[2] == 1 ? divide_up(p.n_queries, rows) : 1;
     visits[3] = p.bias_width ? 1 : size[3] == 1 ? divide_up(p.n_keys, keys) : 1;
   }
-  __host__ __device__ static int64_t product(const int (&counts)[4]) {
+  HIERKERNELS_ANYWHERE static int64_t product(const int (&counts)[4]) {
     return static_cast<int64_t>(counts[0]) * counts[1] * counts[2] * counts[3];
   }
 };

@@ -2,7 +2,6 @@
 #pragma once
 #include <cstring>
 
-#include "../../common/key_range.h"  // HIERKERNELS_ANYWHERE
 #include "../../common/tensor.h"
 #include "products.h"
 
