@@ -18,7 +18,8 @@ is the start token.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from python_models.memformer import Memformer
 from python_models.memformer_decoder import Decoder
 from python_models.memory_replay import run_segments
 from python_models.pretrained import Pretrained
-from python_models.sampling import Recomputation, chooser, draw_tokens
+from python_models.sampling import Recomputation, chooser, collect, draw_tokens
 
 
 class MemformerLanguageModel(Pretrained, nn.Module):
@@ -193,6 +194,20 @@ class MemformerLanguageModel(Pretrained, nn.Module):
             return SegmentReader(self) if use_cache else Recomputation(self)
 
         return draw_tokens(self, reader, prime.long(), total - prime.shape[1], choose)
+
+    def generate(
+        self,
+        prime: Tensor,
+        *,
+        on_token: Callable[[Tensor], object] | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """prime and the tokens after it, ``(B, seq_len)``.
+
+        on_token is called with each new token ``(B,)`` as soon as it is drawn; all else as in
+        :meth:`generate_tokens`.
+        """
+        return collect(self.generate_tokens(prime, **settings), prime.long(), on_token=on_token)
 
 
 class SegmentReader:

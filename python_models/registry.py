@@ -114,7 +114,7 @@ def _generate_hierarchical(
     return model.generate_tokens(_with_start(prime), count, **settings)
 
 
-_NSA_SIZES = (
+NSA_SIZES = (
     "sliding_window_size",
     "compress_block_size",
     "compress_block_sliding_stride",
@@ -125,7 +125,7 @@ _NSA_SIZES = (
 
 def _build_nsa(*, seq_len: int, **options: Any) -> NSATransformer:
     """seq_len is the window; the model itself reads any length."""
-    sizes = {name: options.pop(name) for name in _NSA_SIZES}
+    sizes = {name: options.pop(name) for name in NSA_SIZES}
     model = NSATransformer(**options, sparse_attn_kwargs=sizes)
     model.seq_len = seq_len
     return model
