@@ -5,11 +5,14 @@
 
 #include "cpu/attention/attention.h"
 #include "cpu/isa.h"
+#include "cpu/select_blocks/select_blocks.h"
+#include "cpu/selected_attention/selected_attention.h"
 #include "cpu/sgu/sgu.h"
 
 namespace py = pybind11;
 using hierkernels::attention_params;
 using hierkernels::AttentionParams;
+using hierkernels::SelectedParams;
 using hierkernels::SguParams;
 using hierkernels::tensor;
 
@@ -18,6 +21,22 @@ namespace {
 // The value of the seed, which is in the CPU's memory.
 AttentionParams with_seed(AttentionParams p) {
   if (p.seed_at) p.seed = static_cast<uint64_t>(*p.seed_at);
+  return p;
+}
+
+SelectedParams selected_params(const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
+                               const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal,
+                               double scale) {
+  SelectedParams p;
+  p.q = tensor(q);
+  p.k = tensor(k);
+  p.v = tensor(v);
+  p.indices = tensor(indices);
+  p.weights = tensor(weights);
+  p.block_size = block_size;
+  p.include_own_block = include_own_block;
+  p.is_causal = is_causal;
+  p.scale = scale;
   return p;
 }
 
@@ -84,6 +103,34 @@ PYBIND11_MODULE(_native, m) {
           hierkernels::attention_backward(p);
         });
 
+  m.def("selected_forward",
+        [](const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
+           const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal, double scale,
+           const py::object& out, const py::object& lse) {
+          SelectedParams p = selected_params(q, k, v, indices, weights, block_size, include_own_block, is_causal, scale);
+          p.out = tensor(out);
+          p.lse = tensor(lse);
+          py::gil_scoped_release release;
+          hierkernels::selected_forward(p);
+        });
+  m.def("selected_backward",
+        [](const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
+           const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal, double scale,
+           const py::object& out, const py::object& lse, const py::object& dout, const py::object& dlse,
+           const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dweights) {
+          SelectedParams p = selected_params(q, k, v, indices, weights, block_size, include_own_block, is_causal, scale);
+          p.out = tensor(out);
+          p.lse = tensor(lse);
+          p.dout = tensor(dout);
+          p.dlse = tensor(dlse);
+          p.dq = tensor(dq);
+          p.dk = tensor(dk);
+          p.dv = tensor(dv);
+          p.dweights = tensor(dweights);
+          py::gil_scoped_release release;
+          hierkernels::selected_backward(p);
+        });
+
   m.def("sgu_forward",
         [](const py::object& residual, const py::object& gate, const py::object& weight, const py::object& bias,
            const py::object& gate_residual, int64_t window, int activation, const py::object& out, const py::object& z) {
@@ -108,6 +155,37 @@ PYBIND11_MODULE(_native, m) {
           p.dgate_residual = tensor(dgate_residual);
           py::gil_scoped_release release;
           hierkernels::sgu_backward(p);
+        });
+
+  m.def("select_blocks",
+        [](const py::object& q, const py::object& k, const py::object& lse, int64_t heads,
+           const std::array<int64_t, 5>& visible, const std::array<int64_t, 5>& candidates,
+           const std::array<int64_t, 9>& blocks, bool exclude_own_block, double scale, uintptr_t indices) {
+          const auto staircase = [](const std::array<int64_t, 5>& s) {
+            return hierkernels::Staircase{s[0], s[1], s[2], s[3], s[4]};
+          };
+          hierkernels::SelectParams p;
+          p.q = tensor(q);
+          p.k = tensor(k);
+          p.lse = tensor(lse);
+          p.indices = reinterpret_cast<int32_t*>(indices);
+          p.heads = heads;
+          p.merged = p.q.size[1] / heads;
+          p.visible = staircase(visible);
+          p.candidates = staircase(candidates);
+          p.num_blocks = blocks[0];
+          p.windows_per_block = blocks[1];
+          p.chunks_per_window = blocks[2];
+          p.first_chunk = blocks[3];
+          p.block_size = blocks[4];
+          p.query_offset = blocks[5];
+          p.num_selected = blocks[6];
+          p.num_initial = blocks[7];
+          p.num_local = blocks[8];
+          p.exclude_own_block = exclude_own_block;
+          p.scale = scale;
+          py::gil_scoped_release release;
+          hierkernels::select_blocks(p);
         });
 
 #if defined(HIERKERNELS_CUDA)

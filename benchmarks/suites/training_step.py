@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hierkernels as hk
 from benchmarks.suite import BACKEND_ROWS, Candidate, Problem, Suite, Unsupported
-from python_models import MEGABYTE, gMLPGPT
+from python_models import MEGABYTE, Memformer, gMLPGPT
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Model:
     name: str  # of the class in it
     variants: tuple[dict[str, Any], ...]  # further options of the package: the quickest counts
     loss: Callable[[nn.Module, Tensor], Tensor]
+    seen: float = 0.5  # share of the batched products that masks leave; triangular ones leave half
 
 
 def _megabyte_loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -45,6 +46,15 @@ def _next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
+def _memformer_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Segments with the memory handed on; each predicts its own tokens, encoder and decoder run."""
+    mems, losses = None, []
+    for segment in ids.split(model.encoder.max_seq_len, dim=1):
+        _, mems, loss = model(segment, segment, mems=mems)
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
 MODELS = {
     "megabyte": Model(
         MEGABYTE,
@@ -54,6 +64,16 @@ MODELS = {
         _megabyte_loss,
     ),
     "gmlp-gpt": Model(gMLPGPT, "g_mlp_gpt", "gMLPGPT", ({},), _next_token_loss),
+    "memformer": Model(
+        # The original's relative positions: without masks the only quirk that matters.
+        functools.partial(Memformer, upstream_quirks=True),
+        "memformer",
+        "Memformer",
+        ({},),
+        _memformer_loss,
+        # Of self attention in the encoder, in the decoder, and cross attention; others are small.
+        (1 + 0.5 + 1) / 3,
+    ),
 }
 
 
@@ -98,7 +118,7 @@ class Oracle:
 
     loss: float
     gradient: Tensor  # of all parameters, flat
-    flops: float  # of the products; batched ones, under a triangular mask, count half
+    flops: float  # of the products; batched ones count as far as masks leave them
 
 
 @functools.lru_cache(maxsize=1)
@@ -107,7 +127,8 @@ def _oracle(case: Case) -> Oracle:
     with FlopCounterMode(display=False) as counter:
         loss, grads = Step(inputs, case.build().double(), "reference").run()
     counts = counter.get_flop_counts()["Global"]
-    flops = sum(n / 2 if op == torch.ops.aten.bmm else n for op, n in counts.items())
+    seen = MODELS[case.model].seen
+    flops = sum(n * seen if op == torch.ops.aten.bmm else n for op, n in counts.items())
     return Oracle(loss.item(), _flat(grads), float(flops))
 
 
@@ -117,6 +138,13 @@ MEGABYTE_OPTIONS = (
 )  # fmt: skip
 GMLP_OPTIONS = (
     ("num_tokens", 256), ("dim", 256), ("depth", 2), ("seq_len", 2048), ("heads", 4),
+)  # fmt: skip
+
+MEMFORMER_OPTIONS = (
+    ("dim", 256), ("num_memory_slots", 32), ("mem_update_attn_heads", 4),
+    *((f"{side}_{name}", value) for side in ("enc", "dec") for name, value in (
+        ("num_tokens", 256), ("max_seq_len", 1024), ("depth", 2), ("heads", 4),
+    )),
 )  # fmt: skip
 
 CASES = (
@@ -129,6 +157,8 @@ CASES = (
         (*GMLP_OPTIONS, ("window", 128)),
         quick=False,
     ),
+    Case("memformer-1024", "memformer", 1024, MEMFORMER_OPTIONS),
+    Case("memformer-4x1024", "memformer", 4096, MEMFORMER_OPTIONS, quick=False),
 )
 
 
@@ -224,7 +254,7 @@ def _flat(grads: Sequence[Tensor]) -> Tensor:
 
 
 class TrainingStepSuite(Suite):
-    """MEGABYTE against megabyte-pytorch, gMLPGPT against g-mlp-gpt."""
+    """Each model against the package it comes from, with the same weights."""
 
     name = "training_step"
     peers: ClassVar = {"eager": "the same model, reference backend", "package": "original package"}

@@ -85,7 +85,7 @@ HK_INLINE VecF log2(VecF x) {
   return (x > 0.0f) & (x < __builtin_inff()) ? y : special;
 }
 HK_INLINE VecD log2(VecD x) {
-  VecD y;
+  VecD y{};
   for (int i = 0; i < kWidth<double>; ++i) y[i] = ::log2(x[i]);
   return y;
 }

@@ -81,7 +81,7 @@ def _describe(launch: Launch) -> tuple[dict, dict, dict]:
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    types |= {torch.uint8: "u8", torch.int64: "i64"}
+    types |= {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 
     def leaf(path: tuple[int, ...], value: Any, special: bool) -> Any:
         if isinstance(value, tuple):
@@ -163,7 +163,7 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
     tile = "x".join(map(str, blocks[:2])) + f" w{options['num_warps']}s{options['num_stages']}"
     tile += f" {arguments.get('LOOP', '')}"
     name = launch.kernel.__name__.removesuffix("_kernel")
-    name = re.sub("^_(attention|causal_sgu)_", "", name)
+    name = re.sub("^_(attention|causal_sgu|selected_attention|select_blocks)_", "", name)
     return Report(
         case.name, case.channels, arch, name, tile, number(r"Used (\d+) registers"), spills,
         number(r"(\d+) bytes spill loads"), shared, products, round(seconds, 1),

@@ -14,7 +14,7 @@ from typing import Any
 class Target:
     """What a plan is for: a row of the configuration table and the precision of products."""
 
-    family: str  # triton_configs.device_family
+    family: str  # device.device_family
     precision: str  # "ieee" or "tf32" (matters for float32), "emulated" in the interpreter
 
 

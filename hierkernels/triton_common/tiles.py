@@ -6,6 +6,7 @@ key/value head are rows of one tile, with PACK = 1 each head has its own tiles.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -98,6 +99,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def powers(scores, level, factor, NATURAL: tl.constexpr, PRECISION: tl.constexpr):
+    """e**(score - level), or 2**(score * factor - level) unless NATURAL; shapes broadcast."""
+    if NATURAL:
+        return tl.exp2((scores - level) * LOG2E)
+    else:
+        return tl.exp2(multiply_add(scores, factor, -level, PRECISION))
+
+
+@triton.jit
 def natural_lse(top, total, NATURAL: tl.constexpr, PRECISION: tl.constexpr):
     """ln(2**top * total) or, if NATURAL, ln(e**top * total); -inf where total is 0.
 
@@ -124,3 +134,16 @@ def tanh(x):
     e = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|), at most 1
     large = (1.0 - e) / (1.0 + e)
     return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+# ---- host ----
+
+
+def padded(channels: int) -> int:
+    """BLOCK_D of so many channels."""
+    return max(16, triton.next_power_of_2(channels))
+
+
+def rows_stride(t: torch.Tensor) -> tuple[int, ...]:
+    """(batch, head, token) strides; that of the channels is 1."""
+    return t.stride()[:3]

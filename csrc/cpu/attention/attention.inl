@@ -1,4 +1,4 @@
-// The entry points of one instruction set: the types are chosen here.
+// The entry points of one instruction set.
 #pragma once
 #include "backward.inl"
 #include "forward.inl"
@@ -15,20 +15,6 @@ inline void advise_output(const Tensor& t, int element) {
     last += (t.size[d] - 1) * t.stride[d];
   }
   if (count > 0 && last + 1 == count) advise_huge_pages(t.data, static_cast<size_t>(count) * element);
-}
-
-template <class Body>
-void with_storage(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return body(storage_of<double, double>());
-    case DType::kBFloat16:
-      return body(storage_of<float, BFloat16>());
-    case DType::kFloat16:
-      return body(storage_of<float, Float16>());
-    default:
-      return body(storage_of<float, float>());
-  }
 }
 
 }  // namespace

@@ -51,19 +51,18 @@ struct Product {
   Lines ask;  // in turn t of the loop, the line at `at` + t * step
 };
 
+// sum[r][c] = sum over t of a(r, t) * x[t * x_stride + c * kWidth ...]: the loop of every product, in registers.
 template <class F, bool kTransposed, int R, int C>
-__attribute__((noinline)) void multiply_block(const Product<F>& p) {
+HK_INLINE void sum_block(const F* a, int64_t a_stride, const F* x, int64_t x_stride, int64_t terms, const Lines& lines,
+                         Vec<F> (&sum)[R][C]) {
   constexpr int W = kWidth<F>;
-  Vec<F> sum[R][C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sum[r][c] = zero<F>();
-  const F* a = p.a;
-  const F* x = p.x;
-  const char* ask = p.ask.at;
-  const int64_t a_stride = p.a_stride, x_stride = p.x_stride, ask_step = p.ask.step;
-  for (int64_t t = p.terms; t > 0; --t) {
+  const char* ask = lines.at;
+  const int64_t ask_step = lines.step;
+  for (int64_t t = terms; t > 0; --t) {
     Vec<F> column[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) column[c] = load(x + c * W);
@@ -78,6 +77,13 @@ __attribute__((noinline)) void multiply_block(const Product<F>& p) {
     a += kTransposed ? a_stride : 1;
     x += x_stride;
   }
+}
+
+template <class F, bool kTransposed, int R, int C>
+__attribute__((noinline)) void multiply_block(const Product<F>& p) {
+  constexpr int W = kWidth<F>;
+  Vec<F> sum[R][C];
+  sum_block<F, kTransposed, R, C>(p.a, p.a_stride, p.x, p.x_stride, p.terms, p.ask, sum);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     F* out = p.out.data + r * p.out.stride;

@@ -182,6 +182,21 @@ constexpr Storage<F> storage_of() {
           dot_rows<F, T>};
 }
 
+// body(storage) with the functions for a type of tensors.
+template <class Body>
+void with_storage(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return body(storage_of<double, double>());
+    case DType::kBFloat16:
+      return body(storage_of<float, BFloat16>());
+    case DType::kFloat16:
+      return body(storage_of<float, Float16>());
+    default:
+      return body(storage_of<float, float>());
+  }
+}
+
 // Rows of a 4-dimensional tensor (B, H, N, D) for a kv head whose group has `group` heads.
 template <class F>
 Rows rows_of(const Tensor& t, const Storage<F>& storage, int64_t b, int64_t kv_head, int64_t group) {

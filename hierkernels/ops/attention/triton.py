@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 
-from hierkernels.ops.attention import triton_configs as configs
 from hierkernels.ops.attention.call import AttentionCall
-from hierkernels.ops.attention.triton_launch import Target, plan_backward, plan_forward
-from hierkernels.triton_common.device import device_reasons
+from hierkernels.ops.attention.triton_launch import plan_backward, plan_forward
+from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.key_range import range_arguments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,20 +31,12 @@ def supports(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def _target(call: AttentionCall) -> Target:
-    if INTERPRETED:
-        return Target(configs.device_family(None), "emulated")
-    exact = call.q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    capability = torch.cuda.get_device_capability(call.q.device)
-    return Target(configs.device_family(capability), "ieee" if exact else "tf32")
-
-
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse)."""
     out, lse = call.new_outputs()
     if out.numel() == 0 or call.k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    for launch in plan_forward(call, _target(call), out, lse):
+    for launch in plan_forward(call, target_of(call.q, INTERPRETED), out, lse):
         launch.run()
     return out, lse
 
@@ -64,7 +55,9 @@ def backward(
     if out.numel() == 0 or call.k.shape[2] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), None if bias is None else torch.zeros_like(bias)
     dlse = None if dlse is None else dlse.contiguous()
-    launches, partial = plan_backward(call, _target(call), out, lse, dout, dlse, (dq, dk, dv), bias)
+    launches, partial = plan_backward(
+        call, target_of(call.q, INTERPRETED), out, lse, dout, dlse, (dq, dk, dv), bias
+    )
     for launch in launches:
         launch.run()
     if bias is None or partial is None:

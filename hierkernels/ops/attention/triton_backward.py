@@ -21,7 +21,6 @@ import triton.language as tl
 from hierkernels.ops.attention.triton_scores import (
     UNSPECIALIZED,
     modified,
-    powers,
     program_rows,
     score_factor,
     scores_at,
@@ -40,6 +39,7 @@ from hierkernels.triton_common.tiles import (
     LOG2E,
     dot,
     load_rows,
+    powers,
     rounded,
     row_offsets,
     store_rows,

@@ -17,13 +17,12 @@ import triton.language as tl
 from hierkernels.ops.attention.triton_scores import (
     UNSPECIALIZED,
     modified,
-    powers,
     score_factor,
     scores_at,
 )
 from hierkernels.triton_common.key_range import bound, key_spans
 from hierkernels.triton_common.philox import dropout_keep
-from hierkernels.triton_common.tiles import dot, load_rows
+from hierkernels.triton_common.tiles import dot, load_rows, powers
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "bias_batches", "bias_heads", "slices"])

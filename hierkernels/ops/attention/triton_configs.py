@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hierkernels.triton_common.device import device_family as device_family
+
 
 @dataclass(frozen=True)
 class Config:
@@ -126,18 +128,6 @@ INTERPRETER = {
 # The short-sequence kernels hold whole sequences of at most this many rows and keys in one tile.
 SHORT_ROWS = 64
 SHORT_CHANNELS = 128
-
-
-def device_family(capability: tuple[int, int] | None) -> str:
-    """The row of the table for a compute capability of 8.0 or more; None: the interpreter."""
-    if capability is None:
-        return "interpreter"
-    major, minor = capability
-    if major == 10:
-        return "sm_100"
-    if major == 9:
-        return "sm_90"
-    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 
 def short_configuration(channels: int) -> Config:

@@ -8,7 +8,6 @@ import triton.language as tl
 from hierkernels.ops.attention.triton_scores import (
     UNSPECIALIZED,
     modified,
-    powers,
     program_rows,
     score_factor,
     scores_at,
@@ -20,6 +19,7 @@ from hierkernels.triton_common.tiles import (
     dot,
     load_rows,
     natural_lse,
+    powers,
     rounded,
     row_offsets,
     store_rows,

@@ -25,7 +25,7 @@ from hierkernels.ops.attention.triton_short import (
 )
 from hierkernels.triton_common.key_range import range_arguments
 from hierkernels.triton_common.launch import Launch, Target
-from hierkernels.triton_common.tiles import LOG2E
+from hierkernels.triton_common.tiles import LOG2E, padded, rows_stride
 
 # Programs that keep a large device busy; fixed, so that results do not depend on the device.
 _BUSY = 512
@@ -34,15 +34,6 @@ _PACK_BELOW = 128
 
 
 # ---- arguments ----
-
-
-def _padded(channels: int) -> int:
-    return max(16, triton.next_power_of_2(channels))
-
-
-def _rows_stride(t: torch.Tensor) -> tuple[int, ...]:
-    """(batch, head, token) strides; that of the channels is 1."""
-    return t.stride()[:3]
 
 
 def _bytes(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -80,9 +71,9 @@ def _every_kernel(call: AttentionCall, target: Target) -> dict[str, Any]:
     assert key_range is not None  # supports() refuses those
     return {
         "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v,
-        "stride_q": _rows_stride(call.q), "stride_k": _rows_stride(call.k),
-        "stride_v": _rows_stride(call.v), "n_queries": Nq, "n_keys": Nk, **key_range,
-        "D": D, "DV": Dv, "BLOCK_D": _padded(D), "BLOCK_DV": _padded(Dv), "GROUP": call.group,
+        "stride_q": rows_stride(call.q), "stride_k": rows_stride(call.k),
+        "stride_v": rows_stride(call.v), "n_queries": Nq, "n_keys": Nk, **key_range,
+        "D": D, "DV": Dv, "BLOCK_D": padded(D), "BLOCK_DV": padded(Dv), "GROUP": call.group,
         "PRECISION": target.precision,
     }  # fmt: skip
 
@@ -115,7 +106,7 @@ def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) 
     demands = {
         "slots": "slots" in pairs,
         "pairs": bool(pairs & {"full", "slots"}) or call.seed is not None,
-        "padded": channels != _padded(channels),
+        "padded": channels != padded(channels),
         "packed": pack > 1,
         "grouped": call.group > pack,
     }
@@ -169,7 +160,7 @@ def plan_forward(
     call: AttentionCall, target: Target, out: torch.Tensor, lse: torch.Tensor
 ) -> list[Launch]:
     """The launches that fill out and lse; nothing in the call is empty."""
-    own = {"out_ptr": out, "lse_ptr": lse, "stride_out": _rows_stride(out)}
+    own = {"out_ptr": out, "lse_ptr": lse, "stride_out": rows_stride(out)}
     if is_short(call):
         return [_short_launch(_attention_short_forward_kernel, call, target, **own)]
     B, H, Nq, _ = call.q.shape
@@ -238,12 +229,12 @@ def plan_backward(
     """
     dq, dk, dv = gradients
     dkv = {
-        "dk_ptr": dk, "dv_ptr": dv, "stride_dk": _rows_stride(dk), "stride_dv": _rows_stride(dv)
+        "dk_ptr": dk, "dv_ptr": dv, "stride_dk": rows_stride(dk), "stride_dv": rows_stride(dv)
     }  # fmt: skip
     for_dq = {
-        "dq_ptr": dq, "stride_dq": _rows_stride(dq), "dlse_ptr": dlse, "DLSE": dlse is not None
+        "dq_ptr": dq, "stride_dq": rows_stride(dq), "dlse_ptr": dlse, "DLSE": dlse is not None
     }  # fmt: skip
-    do = {"dout_ptr": dout, "stride_dout": _rows_stride(dout)}
+    do = {"dout_ptr": dout, "stride_dout": rows_stride(dout)}
     if is_short(call):
         kernel = _attention_short_backward_kernel
         return [_short_launch(kernel, call, target, **do, **for_dq, **dkv, scale=call.scale)], None
@@ -274,8 +265,8 @@ def plan_backward(
     launches = [
         Launch(_attention_backward_dq_kernel, tiles * (H // pack) * B, {
             **shared, **for_dq, "out_ptr": out, "lse_ptr": lse, "dbias_ptr": store,
-            "stride_out": _rows_stride(out),
-            "stride_dbias": (0, 0, 0) if store is None else _rows_stride(store),
+            "stride_out": rows_stride(out),
+            "stride_dbias": (0, 0, 0) if store is None else rows_stride(store),
             "scale": call.scale, "PACK": pack, "DBIAS": "none" if store is None else "store",
             "LOOP": config_dq.loop, **_tiles(config_dq),
         }),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hierkernels.triton_common.tiles import LOG2E, multiply_add, tanh
+from hierkernels.triton_common.tiles import LOG2E, tanh
 
 # Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
 UNSPECIALIZED = [
@@ -131,12 +131,3 @@ def score_factor(mods, FUSED: tl.constexpr):
         return mods[0]
     else:
         return 1.0
-
-
-@triton.jit
-def powers(scores, level, factor, NATURAL: tl.constexpr, PRECISION: tl.constexpr):
-    """e**(score - level), or 2**(score * factor - level) unless NATURAL; shapes broadcast."""
-    if NATURAL:
-        return tl.exp2((scores - level) * LOG2E)
-    else:
-        return tl.exp2(multiply_add(scores, factor, -level, PRECISION))

@@ -1,0 +1,301 @@
+// The kernel that chooses key blocks. A task is up to kQueries queries that choose for one head (or the group of heads
+// that choose together), a lane each. Tiles of windows are scored, summed to blocks and offered to the queries' lists.
+#pragma once
+#include <omp.h>
+
+#include "../attention/kernel_shape.h"
+#include "../scratch.h"
+#include "select_blocks.h"
+#include "top_blocks.h"
+#include "window_scores.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// Queries of a task, and windows of a tile unless a block has more: what they score stays in the caches.
+constexpr int kQueries = 64;
+constexpr int kTileWindows = 128;
+
+template <class F>
+class Select {
+  using Index = typename Simd<F>::Signed;
+  static constexpr int W = kWidth<F>;
+  static_assert(kQueries % kPanel<F> == 0);
+
+ public:
+  Select(const SelectParams& p, const Storage<F>& storage)
+      : p_(p),
+        storage_(storage),
+        dim_(static_cast<int>(p.dim())),
+        padded_(round_up(dim_, W)),
+        n_(static_cast<int>(p.num_selected)),
+        halo_(p.chunks_per_window - 1),
+        tile_blocks_(p.windows_per_block < kTileWindows ? kTileWindows / p.windows_per_block : 1) {
+    const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
+    rows_ = tile_blocks_ * p.windows_per_block + halo_;
+    q_at_ = part(p.merged * dim_ * kQueries);
+    lse_at_ = part(p.merged * kQueries);
+    k_at_ = part(storage.native ? 0 : rows_ * padded_);
+    windows_at_ = part(rows_ * kQueries);
+    scores_at_ = part(static_cast<int64_t>(n_) * kQueries);
+    blocks_at_ = part(static_cast<int64_t>(n_) * kQueries);
+    weights_at_ = part(p.windows_per_block + halo_);
+    total_at_ = part(2 * kQueries);
+    ends_at_ = part(3 * kQueries);
+  }
+
+  void run() {
+    const int64_t parts = (p_.n_queries() + kQueries - 1) / kQueries;
+    const int64_t tasks = p_.q.size[0] * p_.heads * parts;
+    if (tasks == 0 || n_ == 0) return;
+    const int at_once = tasks_at_once(tasks);
+#pragma omp parallel
+    {
+      Work w(*this, thread_scratch(ScratchUse::kTask, layout_.total()));
+      // The last part of a head first: with a causal range it is the longest.
+#pragma omp for schedule(dynamic, at_once)
+      for (int64_t t = 0; t < tasks; ++t) {
+        const int64_t head = t / parts;
+        task(w, head / p_.heads, head % p_.heads, (parts - 1 - t % parts) * kQueries);
+      }
+    }
+  }
+
+ private:
+  struct Work {
+    F *q, *lse, *k, *windows, *scores, *weights;
+    Index* blocks;
+    F *maximum, *sum;            // of the logits' softmax
+    Index *visible, *end, *own;  // of each query: the windows and the blocks below which it sees, and its block
+    int queries;
+
+    Work(const Select& s, char* scratch)
+        : q(at<F>(scratch, s.q_at_)),
+          lse(at<F>(scratch, s.lse_at_)),
+          k(at<F>(scratch, s.k_at_)),
+          windows(at<F>(scratch, s.windows_at_)),
+          scores(at<F>(scratch, s.scores_at_)),
+          weights(at<F>(scratch, s.weights_at_)),
+          blocks(at<Index>(scratch, s.blocks_at_)),
+          maximum(at<F>(scratch, s.total_at_)),
+          sum(maximum + kQueries),
+          visible(at<Index>(scratch, s.ends_at_)),
+          end(visible + kQueries),
+          own(end + kQueries) {
+      // In how many chunks a window overlaps a block, from the first window that does to the last.
+      const int64_t r = s.p_.windows_per_block, c = s.p_.chunks_per_window;
+      for (int64_t i = 0; i < r + c - 1; ++i) {
+        int64_t common = i + 1 < r + c - 1 - i ? i + 1 : r + c - 1 - i;
+        common = common < r ? common : r;
+        weights[i] = static_cast<F>(common < c ? common : c);
+      }
+    }
+    template <class T>
+    static T* at(char* scratch, size_t offset) {
+      return reinterpret_cast<T*>(scratch + offset);
+    }
+    TopBlocks<F> list(int lane, int n) const { return {scores + lane, blocks + lane, kQueries, n}; }
+  };
+
+  bool probability() const { return static_cast<bool>(p_.lse); }
+  // The first window that overlaps block j but none before it.
+  int64_t first_window(int64_t j) const { return j * p_.windows_per_block - p_.first_chunk; }
+
+  void task(Work& w, int64_t b, int64_t head, int64_t first) const {
+    const int64_t left = p_.n_queries() - first;
+    w.queries = left < kQueries ? static_cast<int>(left) : kQueries;
+    set_queries(w, first);
+    const int64_t end = w.end[w.queries - 1];
+    // Where all candidates are chosen, their scores do not matter.
+    const bool scored = !probability() || end > n_;
+    if (scored) load_queries(w, b, head, first);
+    for (int lane = 0; lane < w.queries; lane += W) w.list(lane, n_).clear();
+    for (int64_t j = 0; j < end; j += tile_blocks_) {
+      const int64_t tile_end = j + tile_blocks_ < end ? j + tile_blocks_ : end;
+      if (scored) score_tile(w, b, head, j, tile_end);
+      for (int lane = 0; lane < w.queries; lane += W) {
+        if (!probability()) add_logits(w, lane, j, tile_end);
+        offer(w, lane, j, tile_end, scored);
+      }
+      if (halo_ > 0) {
+        const size_t row = kQueries * sizeof(F);
+        __builtin_memmove(w.windows, w.windows + tile_blocks_ * p_.windows_per_block * kQueries, halo_ * row);
+      }
+    }
+    finish(w, b, head, first);
+  }
+
+  void set_queries(Work& w, int64_t first) const {
+    for (int lane = 0; lane < kQueries; ++lane) {
+      const int64_t i = first + (lane < w.queries ? lane : w.queries - 1);
+      w.visible[lane] = static_cast<Index>(p_.visible.at(i, p_.n_windows()));
+      w.end[lane] = static_cast<Index>(p_.candidates.at(i, p_.num_blocks));
+      w.own[lane] = static_cast<Index>((i + p_.query_offset) / p_.block_size);
+      w.maximum[lane] = F(-1000);  // the logit of no block
+      w.sum[lane] = F(1);
+    }
+  }
+
+  // The queries of each head in panels, channel by channel, and their lse in base 2.
+  void load_queries(Work& w, int64_t b, int64_t head, int64_t first) const {
+    for (int64_t h = 0; h < p_.merged; ++h) {
+      const int64_t q_head = head * p_.merged + h;
+      storage_.transpose(rows_of(p_.q, storage_, b, q_head, 1), first, w.queries, dim_, F(1),
+                         w.q + h * dim_ * kQueries, kPanel<F>);
+      if (!probability()) continue;
+      const F* lse = p_.lse.as<F>() + (b * p_.q.size[1] + q_head) * p_.n_queries() + first;
+      for (int lane = 0; lane < kQueries; ++lane)
+        w.lse[h * kQueries + lane] = lane < w.queries ? static_cast<F>(lse[lane] * kLog2E) : F(0);
+    }
+  }
+
+  // Row of window x in the tile that starts with block j: the last halo_ windows of the tile before come first.
+  int64_t row(int64_t x, int64_t j) const { return x - first_window(j) + halo_; }
+
+  void score_tile(Work& w, int64_t b, int64_t head, int64_t j, int64_t tile_end) const {
+    int64_t begin = j == 0 ? 0 : first_window(j), end = first_window(tile_end);
+    if (begin < 0) begin = 0;
+    if (end > w.visible[w.queries - 1]) end = w.visible[w.queries - 1];
+    if (begin >= end) return;
+    const Rows keys = rows_of(p_.k, storage_, b, head * p_.merged * p_.k.size[1] / p_.q.size[1], 1);
+    const F* k = w.k;
+    int64_t k_stride = padded_;
+    if (storage_.native) {
+      k_stride = keys.token_stride;
+      k = reinterpret_cast<const F*>(keys.data) + begin * k_stride;
+    } else {
+      storage_.load(keys, begin, static_cast<int>(end - begin), dim_, w.k, padded_);
+    }
+    const F scale = static_cast<F>(probability() ? p_.scale * kLog2E : p_.scale);
+    for (int lane = 0; lane < w.queries; lane += kPanel<F>) {
+      const int lanes = w.queries - lane < kPanel<F> ? w.queries - lane : kPanel<F>;
+      const int columns = (lanes + W - 1) / W;
+      const int64_t all_see = w.visible[lane], last = w.visible[lane + lanes - 1];
+      const int windows = static_cast<int>((last < end ? last : end) - begin);
+      if (windows <= 0) continue;
+      for (int64_t h = 0; h < p_.merged; ++h)
+        for_each_part(windows, kMaxRows[columns], [&](int x, int count) {
+          const bool edge = begin + x + count > all_see;
+          score_windows<F>(count, columns,
+                           {k + x * k_stride, k_stride, w.q + h * dim_ * kQueries + lane * dim_, kPanel<F>, dim_, scale,
+                            probability() ? w.lse + h * kQueries + lane : nullptr,
+                            w.windows + row(begin + x, j) * kQueries + lane, kQueries, h > 0, begin + x,
+                            edge ? w.visible + lane : nullptr});
+        });
+    }
+  }
+
+  // The candidates j for which nothing depends on the query, in a vector of queries.
+  struct Plain {
+    int64_t begin, end;
+    bool has(int64_t j) const { return begin <= j && j < end; }
+  };
+  Plain plain_blocks(const Work& w, int lane) const {
+    int64_t end = w.end[lane];
+    if (p_.exclude_own_block && w.own[lane] < end) end = w.own[lane];
+    const int64_t local = w.own[lane] - p_.num_local + 1;
+    return {p_.num_initial, p_.num_local > 0 && local < end ? local : end};
+  }
+  Mask<F> allowed(const Work& w, int lane, int64_t j) const {
+    const Mask<F> block = set1_lanes<F>(j), before_end = block < load_lanes<F>(w.end + lane);
+    return p_.exclude_own_block ? before_end & (block != load_lanes<F>(w.own + lane)) : before_end;
+  }
+  int last_lane(const Work& w, int lane) const { return lane + W <= w.queries ? lane + W - 1 : w.queries - 1; }
+
+  // The tile's logits in the softmax's maximum and sum; hides those that are no candidates, and NaN.
+  void add_logits(Work& w, int lane, int64_t first, int64_t tile_end) const {
+    if (tile_end > w.end[last_lane(w, lane)]) tile_end = w.end[last_lane(w, lane)];
+    const Plain plain = plain_blocks(w, lane);
+    const Vec<F> hidden = set1(-static_cast<F>(__builtin_inff())), log2e = set1(static_cast<F>(kLog2E));
+    const Vec<F> before = load(w.maximum + lane);
+    Vec<F> most = before;
+    for (int64_t j = first; j < tile_end; ++j) {
+      F* at = w.windows + row(j, first) * kQueries + lane;
+      const Vec<F> x = load(at);
+      Mask<F> kept = x == x;
+      if (!plain.has(j)) kept &= allowed(w, lane, j);
+      const Vec<F> y = select(kept, x, hidden);
+      store(at, y);
+      most = max(most, y);
+    }
+    Vec<F> sum = load(w.sum + lane) * exp2((before - most) * log2e);
+    for (int64_t j = first; j < tile_end; ++j)
+      sum += exp2((load(w.windows + row(j, first) * kQueries + lane) - most) * log2e);
+    store(w.maximum + lane, most);
+    store(w.sum + lane, sum);
+  }
+
+  // The sum of the windows of block j, in their order: equal windows make equal blocks.
+  HK_INLINE Vec<F> block_sum(const Work& w, int lane, int64_t j, int64_t tile, int64_t visible) const {
+    const int64_t start = first_window(j) - halo_;
+    int64_t end = first_window(j + 1);
+    if (end > visible) end = visible;
+    Vec<F> sum = zero<F>();
+    for (int64_t x = start < 0 ? 0 : start; x < end; ++x)
+      sum = fma(set1(w.weights[x - start]), load(w.windows + row(x, tile) * kQueries + lane), sum);
+    const Vec<F> least = max(sum, zero<F>());  // NaN becomes 0
+    return min(least, set1(static_cast<F>(sizeof(F) == 4 ? 3.4028234e38 : 1.7976931348623157e308)));
+  }
+
+  // Offers the blocks [first, tile_end) to the lists of a vector of queries.
+  void offer(Work& w, int lane, int64_t first, int64_t tile_end, bool scored) const {
+    const int last = last_lane(w, lane);
+    if (tile_end > w.end[last]) tile_end = w.end[last];
+    const Plain plain = plain_blocks(w, lane);
+    const TopBlocks<F> list = w.list(lane, n_);
+    const Vec<F> infinity = set1(static_cast<F>(__builtin_inff()));
+    Vec<F> threshold = list.last();
+    for (int64_t j = first; j < tile_end; ++j) {
+      Vec<F> score;
+      if (probability()) {
+        score = scored ? block_sum(w, lane, j, first, w.visible[last]) : zero<F>();
+        if (!plain.has(j)) {
+          const Mask<F> block = set1_lanes<F>(j), own = load_lanes<F>(w.own + lane);
+          const Mask<F> initial = set1_lanes<F>(j < p_.num_initial ? -1 : 0);
+          const Mask<F> local = (block > own - set1_lanes<F>(p_.num_local)) & (block <= own);
+          score = select(initial | local, infinity, score);
+          score = select(allowed(w, lane, j), score, -infinity);
+        }
+      } else {
+        score = load(w.windows + row(j, first) * kQueries + lane);
+      }
+      if (any_greater(score, threshold)) {
+        list.insert(score, j);
+        threshold = list.last();
+      }
+    }
+  }
+
+  void finish(Work& w, int64_t b, int64_t head, int64_t first) const {
+    int32_t* out = p_.indices + ((b * p_.heads + head) * p_.n_queries() + first) * n_;
+    for (int lane = 0; lane < w.queries; lane += W) {
+      const TopBlocks<F> list = w.list(lane, n_);
+      if (!probability()) {
+        constexpr double kLogLeast = -23.025850929940457;  // ln(1e-10)
+        const Vec<F> total = fma(log2(load(w.sum + lane)), set1(static_cast<F>(kLn2)), load(w.maximum + lane));
+        list.drop(total + set1(static_cast<F>(kLogLeast)));
+      }
+      list.sort();
+      const int end = lane + W < w.queries ? lane + W : w.queries;
+      for (int i = lane; i < end; ++i)
+        for (int k = 0; k < n_; ++k) out[i * n_ + k] = static_cast<int32_t>(w.blocks[k * kQueries + i]);
+    }
+  }
+
+  const SelectParams& p_;
+  const Storage<F>& storage_;
+  int dim_, padded_, n_;
+  int64_t halo_, tile_blocks_, rows_ = 0;
+  ScratchLayout layout_;
+  size_t q_at_, lse_at_, k_at_, windows_at_, scores_at_, blocks_at_, weights_at_, total_at_, ends_at_;
+};
+
+}  // namespace
+
+void select_blocks(const SelectParams& p) {
+  with_storage(p.q.dtype, [&]<class F>(const Storage<F>& storage) { Select<F>(p, storage).run(); });
+}
+
+}  // namespace HK_ISA
+}  // namespace hierkernels

@@ -1,0 +1,2 @@
+#define HK_ISA generic
+#include "select_blocks.inl"

@@ -1,0 +1,56 @@
+"""Block selection on the CPU: the compiled kernels of csrc/cpu/select_blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from hierkernels.native import native, native_error
+from hierkernels.ops.select_blocks.call import SelectCall
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_LENGTH = 2**31 - 2**16  # positions are 32-bit integers
+
+
+def supports(call: SelectCall) -> list[str]:
+    """Why the CPU kernels cannot compute this call; empty if they can."""
+    reasons = []
+    if not call.q.is_cpu:
+        reasons.append(f"q is on a {call.device_type} device, the cpu backend needs CPU tensors")
+    if native() is None:
+        reasons.append(f"the compiled kernels are missing: {native_error()}")
+    if call.q.dtype not in _DTYPES:
+        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16, float64")
+    if call.q.shape[2] + call.query_offset > MAX_LENGTH:
+        reasons.append(f"positions beyond {MAX_LENGTH}")
+    return reasons
+
+
+def _mean_logits(call: SelectCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q, k) whose products are the blocks' mean logits."""
+    q, k = call.q, call.k_cmp
+    if call.shared and call.group > 1:
+        q = q.unflatten(1, (-1, call.group)).mean(2, dtype=call.lse_dtype)
+    J, r = call.num_blocks, call.windows_per_block
+    k = k[:, :, : J * r].unflatten(2, (J, r)).mean(3, dtype=call.lse_dtype)
+    return q.to(call.lse_dtype), k
+
+
+def forward(call: SelectCall) -> torch.Tensor:
+    """indices."""
+    indices = call.new_indices()
+    q, k, visible, r, chunks, first_chunk = (
+        call.q, call.k_cmp, call.visible.hi, call.windows_per_block, call.chunks_per_window,
+        call.first_chunk,
+    )  # fmt: skip
+    if call.lse is None:  # a block is a window of its own
+        q, k = _mean_logits(call)
+        visible, r, chunks, first_chunk = call.candidates.hi, 1, 1, 0
+    native().select_blocks(
+        q, k, call.lse, call.heads, visible, call.candidates.hi,
+        (
+            call.num_blocks, r, chunks, first_chunk, call.block_size, call.query_offset,
+            call.num_selected, call.num_initial, call.num_local,
+        ),
+        call.exclude_own_block, call.scale, indices.data_ptr(),
+    )  # fmt: skip
+    return indices

@@ -1,0 +1,96 @@
+"""Compiles the kernels of selected attention for GPUs that are not there and reports what they use.
+
+    python -m hierkernels.ops.selected_attention.aot [--full] [--arch 80 90 100] [--jobs 2]
+
+See hierkernels/triton_common/aot.py for what is a failure.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from hierkernels.ops.selected_attention.api import make_call
+from hierkernels.ops.selected_attention.triton_launch import (
+    inverse_of,
+    plan_forward,
+    plan_keys,
+    plan_queries,
+)
+from hierkernels.triton_common.aot import main
+from hierkernels.triton_common.launch import Launch, Target
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call to compile: shapes, dtype and options of hk.selected_attention."""
+
+    name: str
+    channels: int
+    heads: int
+    kv_heads: int
+    block_size: int
+    named: int
+    dtype: str = "bfloat16"
+    tokens: int = 16384
+    queries: int | None = None
+    per_head: bool = False
+    own: bool = False
+    weights: bool = False
+    quick: bool = False  # part of the set for continuous integration
+
+
+CASES = (
+    Case("paper", 128, 64, 4, 64, 16, quick=True),  # the shapes of native sparse attention
+    Case("package", 64, 8, 2, 16, 4, own=True, quick=True),
+    Case("weights", 64, 8, 2, 16, 4, own=True, weights=True, quick=True),
+    Case("decode", 128, 64, 4, 64, 16, queries=1),
+    Case("paper-192", 192, 64, 4, 64, 16),
+    Case("paper-64", 64, 64, 4, 64, 16),
+    Case("float16", 128, 64, 4, 64, 16, dtype="float16"),
+    Case("per-head", 128, 8, 8, 64, 16, per_head=True),
+    Case("group-128", 128, 128, 1, 64, 16),
+    Case("group-20", 80, 40, 2, 64, 16),
+    Case("block-4", 64, 8, 2, 4, 4, own=True),
+    Case("block-20", 64, 8, 2, 20, 4, own=True),
+    Case("block-128", 128, 16, 2, 128, 8),
+    Case("weights-paper", 128, 64, 4, 64, 16, weights=True),
+    Case("float32", 64, 8, 2, 16, 4, dtype="float32", own=True),
+    Case("float32", 128, 64, 4, 64, 16, dtype="float32"),
+)
+
+
+def spill_limit(case: Case) -> float:
+    """Bytes of spill stores that a case may have."""
+    return float("inf") if case.dtype == "float32" else 0
+
+
+def plan(case: Case, arch: int) -> list[Launch]:
+    """The launches of a case: forward, then backward with the gradient of the weights."""
+    elements: torch.dtype = getattr(torch, case.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = elements) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    queries, heads = case.queries or case.tokens, case.heads if case.per_head else case.kv_heads
+    indices = empty(1, heads, queries, case.named, dtype=torch.int32)
+    call = make_call(
+        empty(1, case.heads, queries, case.channels),
+        empty(1, case.kv_heads, case.tokens, case.channels),
+        empty(1, case.kv_heads, case.tokens, case.channels),
+        indices, block_size=case.block_size, include_own_block=case.own,
+        block_weights=empty(*indices.shape) if case.weights else None,
+    )  # fmt: skip
+    target = Target(f"sm_{arch}", "ieee" if elements == torch.float32 else "tf32")
+    out, lse = call.new_outputs()
+    dq, dk, dv = call.new_gradients()
+    dweights = call.new_weights_gradient() if case.weights else None
+    launches, lists, stats = plan_queries(call, target, (out, lse), (out, lse), dq, dweights)
+    keys = plan_keys(call, target, inverse_of(call, target, lists), stats, out, dk, dv)
+    return [*plan_forward(call, target, out, lse), launches[-1], *keys]
+
+
+if __name__ == "__main__":
+    sys.exit(main("hierkernels.ops.selected_attention.aot", __doc__))

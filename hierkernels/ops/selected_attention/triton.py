@@ -1,0 +1,75 @@
+"""Selected attention in Triton: the backend interface round the planned launches."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from hierkernels.ops.selected_attention import triton_launch as plans
+from hierkernels.ops.selected_attention.call import SelectedCall
+from hierkernels.triton_common.device import device_reasons, target_of
+from hierkernels.triton_common.launch import Launch
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_DIM = 256
+MAX_GROUP = 128
+# Whether the kernels are interpreted is settled when their modules are imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def supports(call: SelectedCall) -> list[str]:
+    """Why the Triton kernels cannot compute this call; empty if they can."""
+    reasons = device_reasons("q", call.q, INTERPRETED)
+    if call.q.dtype not in _DTYPES:
+        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16")
+    for name, t in (("q", call.q), ("v", call.v)):
+        if t.shape[-1] > MAX_DIM:
+            reasons.append(f"{name} has {t.shape[-1]} channels, at most {MAX_DIM} are supported")
+    B, heads, Nq, _ = call.indices.shape
+    if heads and call.q.shape[1] // heads > MAX_GROUP:
+        reasons.append(f"more than {MAX_GROUP} query heads share a choice of blocks")
+    Nk, columns = call.k.shape[2], plans.columns(call)
+    named_keys = columns * min(call.block_size, 2 * max(Nk, 1))
+    if max(B * heads * Nq * columns, Nk, call.q.shape[:3].numel(), named_keys) >= 2**30:
+        reasons.append("lengths or the number of named blocks beyond 32 bits")
+    return reasons
+
+
+def _run(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
+
+
+def _sees_nothing(call: SelectedCall) -> bool:
+    return call.q.shape[:3].numel() == 0 or call.k.shape[2] == 0 or plans.columns(call) == 0
+
+
+def forward(call: SelectedCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse)."""
+    out, lse = call.new_outputs()
+    if _sees_nothing(call):
+        return out.zero_(), lse.fill_(float("-inf"))
+    _run(plans.plan_forward(call, target_of(call.q, INTERPRETED), out, lse))
+    return out, lse
+
+
+def backward(
+    call: SelectedCall,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    weights_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dq, dk, dv, dweights or None)."""
+    dq, dk, dv = call.new_gradients()
+    dweights = call.new_weights_gradient().zero_() if weights_grad else None
+    if _sees_nothing(call):
+        return dq.zero_(), dk.zero_(), dv.zero_(), dweights
+    target = target_of(call.q, INTERPRETED)
+    given = dout, None if dlse is None else dlse.contiguous()
+    launches, lists, stats = plans.plan_queries(call, target, (out, lse), given, dq, dweights)
+    _run(launches)
+    inverse = plans.inverse_of(call, target, lists)
+    _run(plans.plan_keys(call, target, inverse, stats, dout, dk, dv))
+    return dq, dk, dv, dweights
