@@ -21,6 +21,7 @@ from python_models.sampling import (
     Recomputation,
     WindowReader,
     chooser,
+    collect,
     draw_tokens,
     multinomial_sample,
 )
@@ -77,6 +78,7 @@ class AutoregressiveWrapper(nn.Module):
         temperature: float = 1.0,
         filter_logits_fn: Callable[..., Tensor] = keep_top,
         filter_thres: float = 0.9,
+        top_p: float = 1.0,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
     ) -> Generator[Tensor, None, None]:
@@ -96,6 +98,7 @@ class AutoregressiveWrapper(nn.Module):
         choose = chooser(
             temperature=temperature,
             filter_thres=filter_thres,
+            top_p=top_p,
             generator=generator,
             draw=multinomial_sample,
             filter_logits=filter_logits_fn,
@@ -116,8 +119,10 @@ class AutoregressiveWrapper(nn.Module):
         filter_logits_fn: Callable[..., Tensor] = keep_top,
         filter_thres: float = 0.9,
         *,
+        top_p: float = 1.0,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
+        on_token: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """The ``seq_len`` tokens that follow start_tokens.
 
@@ -130,15 +135,17 @@ class AutoregressiveWrapper(nn.Module):
             filter_logits_fn: called as ``filter_logits_fn(logits, thres=filter_thres)``; what it
                 sets to -inf is not drawn.
             filter_thres: share of the vocabulary that is never drawn, the least likely tokens.
+            top_p: draw only from the likeliest tokens that together have this probability.
             use_cache: False runs the whole sequence for each token. The tokens are the same.
             generator: source of the random numbers; None is PyTorch's default generator.
+            on_token: called with each token ``(B,)`` as soon as it is drawn.
 
         Returns:
             ``(B, seq_len)`` or ``(seq_len,)``, less if eos_token came; without start_tokens.
 
         Raises:
             TypeError, ValueError: start_tokens that the model does not know; a seq_len,
-                temperature or filter_thres out of range.
+                temperature, filter_thres or top_p out of range.
         """
         is_flat = isinstance(start_tokens, Tensor) and start_tokens.ndim == 1
         tokens = self.generate_tokens(
@@ -147,16 +154,12 @@ class AutoregressiveWrapper(nn.Module):
             temperature=temperature,
             filter_logits_fn=filter_logits_fn,
             filter_thres=filter_thres,
+            top_p=top_p,
             use_cache=use_cache,
             generator=generator,
         )
-        drawn = [start_tokens.new_empty(1 if is_flat else len(start_tokens), 0, dtype=torch.long)]
-        for token in tokens:
-            drawn.append(rearrange(token, "b -> b 1"))
-            if eos_token is not None and bool((token == eos_token).all()):
-                break
-        tokens.close()
-        sequence = torch.cat(drawn, dim=1)
+        start = start_tokens.new_empty(1 if is_flat else len(start_tokens), 0, dtype=torch.long)
+        sequence = collect(tokens, start, on_token=on_token, eos_token=eos_token)
         return sequence[0] if is_flat else sequence
 
     @staticmethod

@@ -33,7 +33,13 @@ from python_models.hierarchical_layers import (
     cross_entropy,
 )
 from python_models.pretrained import Pretrained
-from python_models.sampling import Recomputation, WindowReader, chooser, draw_tokens
+from python_models.sampling import (
+    Recomputation,
+    WindowReader,
+    chooser,
+    collect,
+    draw_tokens,
+)
 
 
 class HierarchicalTransformer(Pretrained, nn.Module):
@@ -279,6 +285,7 @@ class HierarchicalTransformer(Pretrained, nn.Module):
         *,
         temperature: float = 1.0,
         filter_thres: float = 0.9,
+        top_p: float = 1.0,
         ablate_hierarchical_merge: bool = False,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
@@ -294,7 +301,9 @@ class HierarchicalTransformer(Pretrained, nn.Module):
                 f"prompt must have at least one token a sequence, got shape {tuple(prompt.shape)}"
             )
         check_integer("seq_len", seq_len, minimum=0)
-        choose = chooser(temperature=temperature, filter_thres=filter_thres, generator=generator)
+        choose = chooser(
+            temperature=temperature, filter_thres=filter_thres, top_p=top_p, generator=generator
+        )
         ablate = {"ablate_hierarchical_merge": ablate_hierarchical_merge}
 
         def reader() -> WindowReader | Recomputation:
@@ -312,9 +321,11 @@ class HierarchicalTransformer(Pretrained, nn.Module):
         temperature: float = 1.0,
         filter_thres: float = 0.9,
         *,
+        top_p: float = 1.0,
         ablate_hierarchical_merge: bool = False,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
+        on_token: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """The ``seq_len`` tokens that follow the prompt, ``(B, seq_len)``.
 
@@ -324,25 +335,28 @@ class HierarchicalTransformer(Pretrained, nn.Module):
             seq_len: number of new tokens.
             temperature: divides the logits; 0 takes the most likely token.
             filter_thres: share of the vocabulary that is never drawn, the least likely tokens.
+            top_p: draw only from the likeliest tokens that together have this probability.
             ablate_hierarchical_merge: as in :meth:`forward`.
             use_cache: False runs the whole sequence for each token. The tokens are the same.
             generator: source of the random numbers; None is PyTorch's default generator.
+            on_token: called with each token ``(B,)`` as soon as it is drawn.
 
         Raises:
-            TypeError, ValueError: a prompt that the model does not know; a seq_len, temperature or
-                filter_thres out of range.
+            TypeError, ValueError: a prompt that the model does not know; a seq_len, temperature,
+                filter_thres or top_p out of range.
         """
         tokens = self.generate_tokens(
             prompt,
             seq_len,
             temperature=temperature,
             filter_thres=filter_thres,
+            top_p=top_p,
             ablate_hierarchical_merge=ablate_hierarchical_merge,
             use_cache=use_cache,
             generator=generator,
         )
-        drawn = [prompt.new_empty(len(prompt), 0, dtype=torch.long)]
-        return torch.cat(drawn + [token[:, None] for token in tokens], dim=1)
+        start = prompt.new_empty(len(prompt), 0, dtype=torch.long)
+        return collect(tokens, start, on_token=on_token)
 
     def check_tokens(self, name: str, ids: Tensor) -> None:
         """Raises TypeError or ValueError unless ids are tokens ``(B, N)`` that the model knows."""

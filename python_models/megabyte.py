@@ -14,7 +14,7 @@ N positions of a stage, C its channels, H heads, D head channels, V tokens of th
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from math import prod
 
 import torch
@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.arguments import check_integers, check_token_type, check_token_values
-from python_models.layers import FeedForward, RMSNorm, RotaryEmbedding, apply_rotary, token_shift
+from python_models.layers import FeedForward, RMSNorm, token_shift
 from python_models.megabyte_decoder import Decoder
 from python_models.pretrained import Pretrained
-from python_models.sampling import Recomputation, chooser, draw_tokens
+from python_models.rotary import RotaryEmbedding, apply_rotary
+from python_models.sampling import Recomputation, chooser, collect, draw_tokens
 
 
 class Attention(nn.Module):
@@ -291,6 +292,7 @@ class MEGABYTE(Pretrained, nn.Module):
         seq_len: int | None = None,
         filter_thres: float = 0.9,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         default_batch_size: int = 1,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
@@ -313,7 +315,9 @@ class MEGABYTE(Pretrained, nn.Module):
                 f"seq_len counts the prime as well: it must be from {prime.shape[1]} (the length "
                 f"of the prime) to {limit} (the product of max_seq_len), got {total}"
             )
-        choose = chooser(temperature=temperature, filter_thres=filter_thres, generator=generator)
+        choose = chooser(
+            temperature=temperature, filter_thres=filter_thres, top_p=top_p, generator=generator
+        )
         batch, length = prime.shape
 
         def reader() -> Decoder | Recomputation:
@@ -329,8 +333,10 @@ class MEGABYTE(Pretrained, nn.Module):
         default_batch_size: int = 1,
         *,
         seq_len: int | None = None,
+        top_p: float = 1.0,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
+        on_token: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Continues ``prime`` until the sequence is full.
 
@@ -338,30 +344,33 @@ class MEGABYTE(Pretrained, nn.Module):
             prime: flat tokens ``(B, N)``; None begins with empty sequences.
             filter_thres: share of the vocabulary that is never drawn, the least likely tokens.
             temperature: divides the logits; 0 takes the most likely token.
+            top_p: draw only from the likeliest tokens that together have this probability.
             seq_len: stop at this many tokens, those of the prime included.
             default_batch_size: number of sequences if there is no prime.
             use_cache: False computes the whole sequence anew for each token. The tokens are the
                 same.
             generator: source of the random numbers; None is PyTorch's default generator.
+            on_token: called with each token ``(B,)`` as soon as it is drawn.
 
         Returns:
             ``(B, *max_seq_len)``, or ``(B, seq_len)`` if seq_len is given.
 
         Raises:
-            TypeError, ValueError: a prime that does not fit, a seq_len, temperature or filter_thres
-                out of range.
+            TypeError, ValueError: a prime that does not fit, a seq_len, temperature, filter_thres
+                or top_p out of range.
         """
         tokens = self.generate_tokens(
             prime,
             seq_len=seq_len,
             filter_thres=filter_thres,
             temperature=temperature,
+            top_p=top_p,
             default_batch_size=default_batch_size,
             use_cache=use_cache,
             generator=generator,
         )
         start = self._empty_sequences(default_batch_size) if prime is None else prime.long()
-        sequence = torch.cat((start, *(token.unsqueeze(1) for token in tokens)), dim=1)
+        sequence = collect(tokens, start, on_token=on_token)
         return sequence if seq_len is not None else sequence.unflatten(1, self.max_seq_len)
 
     def _empty_sequences(self, batch: int) -> Tensor:

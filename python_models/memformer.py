@@ -181,7 +181,8 @@ class Memformer(Pretrained, nn.Module):
             start_tokens: tokens ``(B, T)``, at least one, or ``(T,)`` where B is 1.
             mems, src_mask: as in :meth:`forward`.
             settings: temperature (0 takes the most likely token), filter_thres, filter_logits_fn,
-                eos_token, use_cache and generator, as in :meth:`AutoregressiveWrapper.generate`.
+                top_p, eos_token, use_cache, generator and on_token, as in
+                :meth:`AutoregressiveWrapper.generate`.
 
         Returns:
             ``(B, seq_len)`` or ``(seq_len,)``, less if eos_token came; without start_tokens.

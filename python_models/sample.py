@@ -34,6 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.9,
         help="share of the vocabulary, the least likely part, never drawn (default: 0.9)",
     )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw only from the likeliest bytes that together have this probability (default: 1)",
+    )
     parser.add_argument("--seed", type=int, help="repeatable output (default: a new one)")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda (default: cpu)")
     parser.add_argument("--backend", help="backend of hierkernels (default: the best there is)")
@@ -82,6 +88,7 @@ def sample(arguments: argparse.Namespace) -> None:
             arguments.bytes,
             window=entry.window(state["options"]),
             filter_thres=arguments.filter_thres,
+            top_p=arguments.top_p,
             temperature=arguments.temperature,
             generator=generator,
         ):

@@ -70,10 +70,24 @@ def multinomial_sample(
     return rearrange(torch.multinomial(probabilities, 1, generator=generator), "b 1 -> b")
 
 
+def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Keeps the likeliest tokens that together reach the probability ``top_p``; the rest -inf.
+
+    At least one token is kept (nucleus sampling, Holtzman et al., 2020).
+    """
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    before[..., 0] = 0.0  # exactly, whatever was rounded: the likeliest token is kept
+    kept = ordered.masked_fill(before >= top_p, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter_(-1, order, kept)
+
+
 def chooser(
     *,
     temperature: float,
     filter_thres: float,
+    top_p: float = 1.0,
     generator: torch.Generator | None,
     draw: Callable[..., Tensor] = gumbel_sample,
     filter_logits: Callable[..., Tensor] = keep_top,
@@ -83,23 +97,29 @@ def chooser(
     Args:
         temperature: divides the logits; 0 takes the most likely token.
         filter_thres: share of the vocabulary that is never drawn, the least likely tokens.
+        top_p: draw only from the likeliest tokens that together have this probability, of those
+            that filter_thres leaves; 1 is all of them.
         generator: source of the random numbers; None is PyTorch's default generator.
         draw: how to draw; :func:`gumbel_sample` or :func:`multinomial_sample`, which have the same
             distribution and use the random numbers in another way.
         filter_logits: called as ``filter_logits(logits, thres=filter_thres)`` before a draw.
 
     Raises:
-        ValueError: temperature or filter_thres out of range.
+        ValueError: temperature, filter_thres or top_p out of range.
     """
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
     if not 0 <= filter_thres <= 1:
         raise ValueError(f"filter_thres must be a share from 0 to 1, got {filter_thres}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be a probability above 0, at most 1, got {top_p}")
 
     def choose(logits: Tensor) -> Tensor:
         if temperature == 0:
             return logits.argmax(dim=-1)
         logits = filter_logits(logits, thres=filter_thres)
+        if top_p < 1:
+            logits = keep_nucleus(logits / temperature, top_p) * temperature
         return draw(logits, temperature=temperature, generator=generator)
 
     return choose
@@ -131,3 +151,28 @@ def draw_tokens(
             new = token.unsqueeze(1)
     finally:
         model.train(was_training)
+
+
+def collect(
+    tokens: Generator[Tensor, None, None],
+    sequence: Tensor,
+    *,
+    on_token: Callable[[Tensor], object] | None = None,
+    eos_token: int | None = None,
+) -> Tensor:
+    """``sequence (B, N)`` with all tokens behind it, ``(B, N + count)``.
+
+    ``on_token`` is called with each token ``(B,)`` as soon as it is drawn. Stops early after a step
+    in which all sequences drew eos_token.
+    """
+    drawn = [sequence]
+    try:
+        for token in tokens:
+            drawn.append(token.unsqueeze(1))
+            if on_token is not None:
+                on_token(token)
+            if eos_token is not None and bool((token == eos_token).all()):
+                break
+    finally:
+        tokens.close()
+    return torch.cat(drawn, dim=1)
