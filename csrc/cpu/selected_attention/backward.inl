@@ -8,6 +8,7 @@
 #pragma once
 #include <omp.h>
 
+#include <initializer_list>
 #include <new>
 
 #include "../attention/softmax.h"
@@ -19,6 +20,8 @@
 namespace hierkernels {
 namespace HK_ISA {
 namespace {
+
+constexpr int kAhead = 4;  // visitors
 
 template <class F>
 class SelectedBackward {
@@ -217,18 +220,19 @@ class SelectedBackward {
       } else {
         storage_.load(k_rows, key, keys, dim_, w.k, padded_);
       }
-      const Visitor* visitors = w.index.visitors(block);
+      const Visitor* const visitors = w.index.visitors(block);
+      const Visitor* const visitors_end = visitors + w.index.count(block);
       for (int64_t r = 0; r < rows; r += kGatheredRows, dk.update = dv.update = Update::kAdd)
-        row_tile(w, visitors, r, static_cast<int>(rows - r < kGatheredRows ? rows - r : kGatheredRows), key, keys, k,
+        row_tile(w, visitors, visitors_end, r, static_cast<int>(rows - r < kGatheredRows ? rows - r : kGatheredRows), key, keys, k,
                  k_stride, dk, dv);
     }
     if (direct) store_keys(w.b, w.kv_head, key, keys, w.dk, w.dv);
   }
 
   // Rows [first, first + n) of those that visit a block: row r is head r % heads of visitor r / heads.
-  void row_tile(Work& w, const Visitor* visitors, int64_t first, int n, int64_t key, int keys, const F* k,
-                int64_t k_stride, const Target<F>& dk, const Target<F>& dv) const {
-    gather(w, visitors, first, n, key, keys);
+  void row_tile(Work& w, const Visitor* visitors, const Visitor* visitors_end, int64_t first, int n, int64_t key,
+                int keys, const F* k, int64_t k_stride, const Target<F>& dk, const Target<F>& dv) const {
+    gather(w, visitors, visitors_end, first, n, key, keys);
     multiply_block_keys(n, w.q, padded_, w.k_tiles, keys, dim_, w.scores, stride_);
     multiply_block_keys(n, w.dout, padded_v_, w.v_tiles, keys, dim_v_, w.dp, stride_);
     gradient_rows(w.rows, n, keys, p_.weights.data != nullptr, static_cast<F>(p_.scale), w.scores, w.dp, stride_);
@@ -247,7 +251,25 @@ class SelectedBackward {
         if (w.rows.dweight[r]) *w.rows.dweight[r] += w.rows.weight_sum[r];
   }
 
-  void gather(Work& w, const Visitor* visitors, int64_t first, int n, int64_t key, int keys) const {
+  // Rows lie anywhere: those of a visitor to come are asked for.
+  HK_INLINE void ask_for(Work& w, int32_t item, int64_t heads) const {
+    const int64_t choices = p_.choices(), group = p_.group(), i = item / choices, head = item % choices * heads;
+    for (const Tensor* t : {&p_.q, &p_.dout}) {
+      const Rows rows = rows_of(*t, storage_, w.b, w.kv_head, group);
+      const char* row = rows.data + ((w.first_query + i) * rows.token_stride + head * rows.head_stride) * storage_.bytes;
+      for (int64_t h = 0; h < heads; ++h) prefetch(row + h * rows.head_stride * storage_.bytes, t->size[3] * storage_.bytes);
+    }
+    if (storage_.native) {
+      const Rows rows = rows_of(p_.dq, storage_, w.b, w.kv_head, group);
+      const char* row = rows.data + ((w.first_query + i) * rows.token_stride + head * rows.head_stride) * storage_.bytes;
+      for (int64_t h = 0; h < heads; ++h) prefetch(row + h * rows.head_stride * storage_.bytes, dim_ * storage_.bytes);
+    } else {
+      prefetch(w.dq + (i * group + head) * padded_, heads * padded_ * static_cast<int64_t>(sizeof(F)));
+    }
+  }
+
+  void gather(Work& w, const Visitor* visitors, const Visitor* visitors_end, int64_t first, int n, int64_t key,
+              int keys) const {
     const int64_t group = p_.group(), choices = p_.choices(), heads = group / choices;
     const Rows q_rows = rows_of(p_.q, storage_, w.b, w.kv_head, group);
     const Rows dout_rows = rows_of(p_.dout, storage_, w.b, w.kv_head, group);
@@ -256,6 +278,7 @@ class SelectedBackward {
     const Visitor* visitor = visitors + first / heads;
     int64_t skip = first % heads;  // heads that the tile before took
     for (int r = 0; r < n; ++visitor, skip = 0) {
+      if (visitor + kAhead < visitors_end) ask_for(w, visitor[kAhead].item, heads);
       const int64_t i = visitor->item / choices, c = visitor->item % choices, head = c * heads + skip;
       const int count = static_cast<int>(heads - skip < n - r ? heads - skip : n - r);
       const int64_t query = w.first_query + i, row = query * group + head;
