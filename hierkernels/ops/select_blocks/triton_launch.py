@@ -43,7 +43,7 @@ _CONFIGS = {
     ("probability", 4, 256): Config(16, 16, 8, 1),
     ("logit", 2, 64): Config(64, 64, 8, 2),
     ("logit", 2, 128): Config(64, 32, 8, 2),
-    ("logit", 2, 256): Config(32, 16, 8, 1),
+    ("logit", 2, 256): Config(16, 16, 8, 1),
     ("logit", 4, 64): Config(32, 32, 8, 1),
     ("logit", 4, 128): Config(32, 32, 8, 1),
     ("logit", 4, 256): Config(16, 16, 8, 1),
