@@ -32,8 +32,8 @@ class Config:
     num_stages: int
 
 
-# (kernel, bytes of an element, channels up to): what compiles without spills and within 99 KiB of
-# shared memory (hierkernels.ops.select_blocks.aot checks it).
+# (kernel, bytes of an element, channels up to): what compiles without spills, but for logits of
+# more than 128 channels, and within 99 KiB of shared memory (hierkernels.ops.select_blocks.aot).
 _CONFIGS = {
     ("probability", 2, 64): Config(128, 64, 8, 3),
     ("probability", 2, 128): Config(128, 64, 8, 2),
@@ -43,7 +43,7 @@ _CONFIGS = {
     ("probability", 4, 256): Config(16, 16, 8, 1),
     ("logit", 2, 64): Config(64, 64, 8, 2),
     ("logit", 2, 128): Config(64, 32, 8, 2),
-    ("logit", 2, 256): Config(16, 16, 8, 1),
+    ("logit", 2, 256): Config(32, 16, 8, 1),
     ("logit", 4, 64): Config(32, 32, 8, 1),
     ("logit", 4, 128): Config(32, 32, 8, 1),
     ("logit", 4, 256): Config(16, 16, 8, 1),
