@@ -8,7 +8,6 @@
 #pragma once
 #include <omp.h>
 
-#include <initializer_list>
 #include <new>
 
 #include "../attention/softmax.h"
@@ -117,7 +116,7 @@ class SelectedBackward {
 
   // Ranges of queries for the tasks of a head, and chunks of a range, whose dQ is in scratch at the same time.
   void plan(int64_t threads) {
-    constexpr int64_t kPartialBudget = int64_t{512} << 20, kChunkBudget = int64_t{4} << 20, kLeastQueries = 64;
+    constexpr int64_t kPartialBudget = int64_t{256} << 20, kChunkBudget = int64_t{4} << 20, kLeastQueries = 64;
     const int64_t pairs = p_.batch() * p_.kv_heads(), queries = p_.n_queries();
     splits_ = 1;
     if (pairs > 0 && pairs < 4 * threads) {
@@ -209,7 +208,8 @@ class SelectedBackward {
       clear(w.dv, 0, keys * padded_v_);
     }
     if (rows > 0) {
-      const Rows k_rows = rows_of(p_.k, storage_, w.b, w.kv_head, 1), v_rows = rows_of(p_.v, storage_, w.b, w.kv_head, 1);
+      const Rows k_rows = rows_of(p_.k, storage_, w.b, w.kv_head, 1);
+      const Rows v_rows = rows_of(p_.v, storage_, w.b, w.kv_head, 1);
       storage_.transpose(k_rows, key, keys, dim_, static_cast<F>(p_.scale * kLog2E), w.k_tiles, W);
       storage_.transpose(v_rows, key, keys, dim_v_, F(1), w.v_tiles, W);
       const F* k = w.k;
@@ -223,8 +223,8 @@ class SelectedBackward {
       const Visitor* const visitors = w.index.visitors(block);
       const Visitor* const visitors_end = visitors + w.index.count(block);
       for (int64_t r = 0; r < rows; r += kGatheredRows, dk.update = dv.update = Update::kAdd)
-        row_tile(w, visitors, visitors_end, r, static_cast<int>(rows - r < kGatheredRows ? rows - r : kGatheredRows), key, keys, k,
-                 k_stride, dk, dv);
+        row_tile(w, visitors, visitors_end, r,
+                 static_cast<int>(rows - r < kGatheredRows ? rows - r : kGatheredRows), key, keys, k, k_stride, dk, dv);
     }
     if (direct) store_keys(w.b, w.kv_head, key, keys, w.dk, w.dv);
   }
@@ -254,18 +254,18 @@ class SelectedBackward {
   // Rows lie anywhere: those of a visitor to come are asked for.
   HK_INLINE void ask_for(Work& w, int32_t item, int64_t heads) const {
     const int64_t choices = p_.choices(), group = p_.group(), i = item / choices, head = item % choices * heads;
-    for (const Tensor* t : {&p_.q, &p_.dout}) {
-      const Rows rows = rows_of(*t, storage_, w.b, w.kv_head, group);
-      const char* row = rows.data + ((w.first_query + i) * rows.token_stride + head * rows.head_stride) * storage_.bytes;
-      for (int64_t h = 0; h < heads; ++h) prefetch(row + h * rows.head_stride * storage_.bytes, t->size[3] * storage_.bytes);
-    }
-    if (storage_.native) {
-      const Rows rows = rows_of(p_.dq, storage_, w.b, w.kv_head, group);
-      const char* row = rows.data + ((w.first_query + i) * rows.token_stride + head * rows.head_stride) * storage_.bytes;
-      for (int64_t h = 0; h < heads; ++h) prefetch(row + h * rows.head_stride * storage_.bytes, dim_ * storage_.bytes);
-    } else {
+    const auto ask = [&](const Tensor& t) {
+      const int64_t head_step = t.stride[1] * storage_.bytes;
+      const char* row = rows_of(t, storage_, w.b, w.kv_head, group).data + head * head_step +
+                        (w.first_query + i) * t.stride[2] * storage_.bytes;
+      for (int64_t h = 0; h < heads; ++h) prefetch(row + h * head_step, t.size[3] * storage_.bytes);
+    };
+    ask(p_.q);
+    ask(p_.dout);
+    if (storage_.native)
+      ask(p_.dq);
+    else
       prefetch(w.dq + (i * group + head) * padded_, heads * padded_ * static_cast<int64_t>(sizeof(F)));
-    }
   }
 
   void gather(Work& w, const Visitor* visitors, const Visitor* visitors_end, int64_t first, int n, int64_t key,
@@ -300,9 +300,10 @@ class SelectedBackward {
         rows.delta[r] = w.delta[at];
         rows.weight[r] = weight;
         rows.dweight[r] = dweight;
-        rows.dq[r] = storage_.native
-                         ? reinterpret_cast<F*>(dq_rows.data) + query * dq_rows.token_stride + (head + h) * dq_rows.head_stride
-                         : w.dq + at * padded_;
+        rows.dq[r] = w.dq + at * padded_;
+        if (storage_.native)
+          rows.dq[r] = reinterpret_cast<F*>(dq_rows.data) + query * dq_rows.token_stride +
+                       (head + h) * dq_rows.head_stride;
       }
     }
   }
@@ -344,8 +345,8 @@ class SelectedBackward {
   bool k_in_place_;
   int64_t splits_, chunk_, chunks_;  // ranges; queries of a chunk at most; chunks of a range
   ScratchLayout layout_;
-  size_t rows_at_, scores_at_, dp_at_, q_at_, dout_at_, dq_tile_at_, k_tiles_at_, v_tiles_at_, k_at_, dk_at_, dv_at_, sums_at_,
-      lse_at_, lse_low_at_, delta_at_, dq_at_, seen_at_, begins_at_, visitors_at_;
+  size_t rows_at_, scores_at_, dp_at_, q_at_, dout_at_, dq_tile_at_, k_tiles_at_, v_tiles_at_, k_at_, dk_at_, dv_at_,
+      sums_at_, lse_at_, lse_low_at_, delta_at_, dq_at_, seen_at_, begins_at_, visitors_at_;
 };
 
 }  // namespace
