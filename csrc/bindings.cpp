@@ -10,6 +10,7 @@
 #include "cpu/sgu/sgu.h"
 
 namespace py = pybind11;
+using hierkernels::attention_params;
 using hierkernels::AttentionParams;
 using hierkernels::SelectedParams;
 using hierkernels::SguParams;
@@ -17,24 +18,9 @@ using hierkernels::tensor;
 
 namespace {
 
-AttentionParams params(const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
-                       const py::object& mask, const py::object& padding, const py::object& seed,
-                       const std::array<int64_t, 10>& r, double scale, double softcap, double dropout_p,
-                       int64_t bias_width, int64_t bias_before) {
-  AttentionParams p;
-  p.q = tensor(q);
-  p.k = tensor(k);
-  p.v = tensor(v);
-  p.bias = tensor(bias).broadcast();
-  p.mask = tensor(mask).broadcast();
-  p.padding = tensor(padding).broadcast();
-  p.range = {{r[0], r[1], r[2], r[3], r[4]}, {r[5], r[6], r[7], r[8], r[9]}};
-  p.scale = scale;
-  p.softcap = softcap;
-  p.dropout_p = dropout_p;
-  p.bias_width = bias_width;
-  p.bias_before = bias_before;
-  if (!seed.is_none()) p.seed = static_cast<uint64_t>(*tensor(seed).as<int64_t>());
+// The value of the seed, which is in the CPU's memory.
+AttentionParams with_seed(AttentionParams p) {
+  if (p.seed_at) p.seed = static_cast<uint64_t>(*p.seed_at);
   return p;
 }
 
@@ -90,7 +76,8 @@ PYBIND11_MODULE(_native, m) {
            const py::object& mask, const py::object& padding, const py::object& seed,
            const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
            int64_t bias_width, int64_t bias_before, const py::object& out, const py::object& lse) {
-          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p, bias_width, bias_before);
+          AttentionParams p = with_seed(attention_params(q, k, v, bias, mask, padding, seed, range, scale, softcap,
+                                                         dropout_p, bias_width, bias_before));
           p.out = tensor(out);
           p.lse = tensor(lse);
           py::gil_scoped_release release;
@@ -102,7 +89,8 @@ PYBIND11_MODULE(_native, m) {
            const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
            int64_t bias_width, int64_t bias_before, const py::object& out, const py::object& lse, const py::object& dout, const py::object& dlse,
            const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dbias) {
-          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p, bias_width, bias_before);
+          AttentionParams p = with_seed(attention_params(q, k, v, bias, mask, padding, seed, range, scale, softcap,
+                                                         dropout_p, bias_width, bias_before));
           p.out = tensor(out);
           p.lse = tensor(lse);
           p.dout = tensor(dout);

@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "common/attention_params.h"
 #include "common/tensor.h"
 
 namespace hierkernels {
@@ -14,6 +15,13 @@ void bind_dtypes(pybind11::module_& m);
 
 // The tensor t as kernels see it; an empty one for None. Throws a Python error if it cannot be.
 Tensor tensor(const pybind11::object& t);
+
+// A call from the arguments of AttentionCall.arguments(), in hierkernels/ops/attention/call.py.
+AttentionParams attention_params(const pybind11::object& q, const pybind11::object& k, const pybind11::object& v,
+                                 const pybind11::object& bias, const pybind11::object& mask,
+                                 const pybind11::object& padding, const pybind11::object& seed,
+                                 const std::array<int64_t, 10>& key_range, double scale, double softcap, double dropout_p,
+                                 int64_t bias_width, int64_t bias_before);
 
 // Called with every tensor that is bound, if set: the tests' emulation then knows what kernels may touch.
 extern void (*tensor_observer)(const Tensor& t);

@@ -8,17 +8,52 @@ namespace py = pybind11;
 namespace hierkernels {
 namespace {
 
+using Object = const py::object&;
+using Range = const std::array<int64_t, 10>&;
+
 void* handle(uintptr_t stream) { return reinterpret_cast<void*>(stream); }
+
+void bind_attention(py::module_& m) {
+  m.def("cuda_attention_forward",
+        [](Object q, Object k, Object v, Object bias, Object mask, Object padding, Object seed, Range range, double scale,
+           double softcap, double dropout_p, int64_t bias_width, int64_t bias_before, Object out, Object lse,
+           uintptr_t stream) {
+          AttentionParams p = attention_params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p,
+                                               bias_width, bias_before);
+          p.out = tensor(out);
+          p.lse = tensor(lse);
+          cuda::attention_forward(p, handle(stream));
+        });
+  m.def("cuda_attention_bias_slices",
+        [](Object q, Object k, Object v, Object bias, Object mask, Object padding, Object seed, Range range, double scale,
+           double softcap, double dropout_p, int64_t bias_width, int64_t bias_before) {
+          return cuda::attention_bias_slices(attention_params(q, k, v, bias, mask, padding, seed, range, scale, softcap,
+                                                              dropout_p, bias_width, bias_before));
+        });
+  m.def("cuda_attention_backward",
+        [](Object q, Object k, Object v, Object bias, Object mask, Object padding, Object seed, Range range, double scale,
+           double softcap, double dropout_p, int64_t bias_width, int64_t bias_before, Object out, Object lse, Object dout,
+           Object dlse, Object dq, Object dk, Object dv, Object dbias, Object delta, uintptr_t stream) {
+          AttentionParams p = attention_params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p,
+                                               bias_width, bias_before);
+          p.out = tensor(out);
+          p.lse = tensor(lse);
+          p.dout = tensor(dout);
+          p.dlse = tensor(dlse);
+          p.dq = tensor(dq);
+          p.dk = tensor(dk);
+          p.dv = tensor(dv);
+          p.dbias = tensor(dbias);
+          cuda::attention_backward(p, tensor(delta), handle(stream));
+        });
+}
 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   m.attr("cuda_version") = cuda::runtime_version();
-  m.attr("cuda_kernels") = "attention_delta";  // of the operators that follow, for hierkernels.info
-  m.def("cuda_attention_delta", [](const py::object& out, const py::object& dout, const py::object& dlse,
-                                   const py::object& delta, uintptr_t stream) {
-    cuda::attention_delta(tensor(out), tensor(dout), tensor(dlse), tensor(delta), handle(stream));
-  });
+  m.attr("cuda_kernels") = "attention";  // the operators that follow, for hierkernels.info
+  bind_attention(m);
 }
 
 }  // namespace hierkernels
