@@ -12,7 +12,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hierkernels as hk
 from benchmarks.suite import BACKEND_ROWS, Candidate, Problem, Suite, Unsupported
-from python_models import MEGABYTE, Memformer, gMLPGPT
+from benchmarks.suites.native_sparse_attention import Case as LayerCase
+from python_models import MEGABYTE, Memformer, NSATransformer, gMLPGPT
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Model:
     seen: float = 0.5  # share of the batched products that masks leave; triangular ones leave half
 
 
-def _megabyte_loss(model: nn.Module, ids: Tensor) -> Tensor:
+def _own_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids, return_loss=True)
 
 
@@ -61,9 +62,16 @@ MODELS = {
         "MEGABYTE_pytorch",
         "MEGABYTE",
         ({"flash_attn": False}, {"flash_attn": True}),
-        _megabyte_loss,
+        _own_loss,
     ),
     "gmlp-gpt": Model(gMLPGPT, "g_mlp_gpt", "gMLPGPT", ({},), _next_token_loss),
+    "nsa": Model(
+        NSATransformer,
+        "native_sparse_attention_pytorch.transformer",
+        "Transformer",
+        ({},),
+        _own_loss,
+    ),
     "memformer": Model(
         # The original's relative positions: without masks the only quirk that matters.
         functools.partial(Memformer, upstream_quirks=True),
@@ -89,11 +97,20 @@ class Case:
     group: str = "step"
     quick: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    sparse: tuple[tuple[str, int], ...] = ()  # sparse_attn_kwargs among the options
+    # Bytes that results are judged on, at the start of the sequence; None: all. A choice of blocks
+    # near a tie is made differently by two correct rows, and a long sequence has such choices.
+    judged: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the constructor of both."""
+        sparse = {"sparse_attn_kwargs": dict(self.sparse)} if self.sparse else {}
+        return dict(self.options) | sparse
 
     def build(self) -> nn.Module:
         """Our model; its weights depend on the case alone, and none is 0."""
         torch.manual_seed(0)
-        model = MODELS[self.model].ours(**dict(self.options))
+        model = MODELS[self.model].ours(**self.arguments())
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
@@ -123,7 +140,7 @@ class Oracle:
 
 @functools.lru_cache(maxsize=1)
 def _oracle(case: Case) -> Oracle:
-    inputs = Inputs(case, torch.float64, "cpu", {}, case.ids())
+    inputs = Inputs(case, torch.float64, "cpu", {}, case.ids()).judged()
     with FlopCounterMode(display=False) as counter:
         loss, grads = Step(inputs, case.build().double(), "reference").run()
     counts = counter.get_flop_counts()["Global"]
@@ -147,6 +164,26 @@ MEMFORMER_OPTIONS = (
     )),
 )  # fmt: skip
 
+NSA_OPTIONS = (
+    ("num_tokens", 256), ("dim", 512), ("depth", 1), ("dim_head", 64), ("heads", 8),
+    ("kv_heads", 2), ("use_sparse_attn", True),
+)  # fmt: skip
+NSA_SPARSE = (
+    ("sliding_window_size", 64), ("compress_block_size", 16), ("compress_block_sliding_stride", 8),
+    ("selection_block_size", 16), ("num_selected_blocks", 4),
+)  # fmt: skip
+
+
+class NsaCase(Case):
+    """Its products are those of its spec: the reference computes what the masks then hide."""
+
+    def flops(self, direction: str) -> float:
+        layer = LayerCase(self.length, self.name)
+        attention = layer.flops("forward") + layer.flops("backward")
+        others = self.length * (2 * 512 * 2048 + 512 * 256)  # feed-forward, logits
+        return attention + 3 * 2.0 * others
+
+
 CASES = (
     Case("megabyte-8192", "megabyte", 8192, MEGABYTE_OPTIONS),
     Case("gmlp-gpt-2048", "gmlp-gpt", 2048, GMLP_OPTIONS),
@@ -156,6 +193,15 @@ CASES = (
         2048,
         (*GMLP_OPTIONS, ("window", 128)),
         quick=False,
+    ),
+    NsaCase(
+        "nsa-4096",
+        "nsa",
+        4096,
+        NSA_OPTIONS,
+        sparse=NSA_SPARSE,
+        judged=256,
+        dtypes=(torch.float32,),  # in bfloat16 nearly every sequence has ties
     ),
     Case("memformer-1024", "memformer", 1024, MEMFORMER_OPTIONS),
     Case("memformer-4x1024", "memformer", 4096, MEMFORMER_OPTIONS, quick=False),
@@ -171,6 +217,10 @@ class Inputs:
     device: str
     state: dict[str, Tensor]
     ids: Tensor
+
+    def judged(self) -> Inputs:
+        """The bytes that results are judged on."""
+        return replace(self, ids=self.ids[:, : self.case.judged])
 
 
 @dataclass(frozen=True)
@@ -209,6 +259,7 @@ class StepProblem(Problem):
     @staticmethod
     def make(inputs: Inputs) -> StepProblem:
         problem = StepProblem(inputs, _oracle(inputs.case), {})
+        inputs = inputs.judged()
         eager = Step(inputs, inputs.case.build().to(inputs.device), "reference").run()
         # The loss is a mean over tokens: each rounded in the dtype, the sum and itself in float32.
         eps, accumulator = (torch.finfo(t).eps for t in (inputs.dtype, torch.float32))
@@ -231,7 +282,8 @@ class StepProblem(Problem):
         }
 
     def check(self, candidate: Candidate, direction: str) -> dict[str, float]:
-        errors = self.errors(*candidate.inputs.run())
+        step = candidate.inputs
+        errors = self.errors(*replace(step, inputs=step.inputs.judged()).run())
         failures = [
             f"{name}: error {error:.3g}, allowed {self.allowed[name]:.3g}"
             for name, error in errors.items()
@@ -292,7 +344,7 @@ class TrainingStepSuite(Suite):
     def _candidate(
         self, build: Callable[..., nn.Module], inputs: Inputs, backend: str | None, label: str
     ) -> Candidate:
-        module = build(**dict(inputs.case.options))
+        module = build(**inputs.case.arguments())
         module.load_state_dict(inputs.state)
         step = Step(inputs, module.to(inputs.device), backend)
         return Candidate(lambda step: step.run()[0], step, label)
