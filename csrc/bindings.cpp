@@ -10,6 +10,7 @@
 
 namespace py = pybind11;
 using hierkernels::AttentionParams;
+using hierkernels::sgu_params;
 using hierkernels::SguParams;
 using hierkernels::tensor;
 
@@ -33,19 +34,6 @@ AttentionParams params(const py::object& q, const py::object& k, const py::objec
   p.bias_width = bias_width;
   p.bias_before = bias_before;
   if (!seed.is_none()) p.seed = static_cast<uint64_t>(*tensor(seed).as<int64_t>());
-  return p;
-}
-
-SguParams sgu_params(const py::object& residual, const py::object& gate, const py::object& weight, const py::object& bias,
-                     const py::object& gate_residual, int64_t window, int activation) {
-  SguParams p;
-  p.residual = tensor(residual);
-  p.gate = tensor(gate);
-  p.weight = tensor(weight);
-  p.bias = tensor(bias);
-  p.gate_residual = tensor(gate_residual);
-  p.window = window;
-  p.activation = static_cast<hierkernels::Activation>(activation);
   return p;
 }
 

@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "common/sgu_params.h"
 #include "common/tensor.h"
 
 namespace hierkernels {
@@ -14,6 +15,10 @@ void bind_dtypes(pybind11::module_& m);
 
 // The tensor t as kernels see it; an empty one for None. Throws a Python error if it cannot be.
 Tensor tensor(const pybind11::object& t);
+
+// A call of the spatial gating unit, but for what it writes.
+SguParams sgu_params(const pybind11::object& residual, const pybind11::object& gate, const pybind11::object& weight,
+                     const pybind11::object& bias, const pybind11::object& gate_residual, int64_t window, int activation);
 
 // Called with every tensor that is bound, if set: the tests' emulation then knows what kernels may touch.
 extern void (*tensor_observer)(const Tensor& t);
