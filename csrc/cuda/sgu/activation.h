@@ -20,44 +20,59 @@ __device__ __forceinline__ float hyperbolic_tangent(float x) {
   return size < 0.25f ? x + x * square * series : copysignf(large, x);
 }
 
-// relu passes NaN on.
-__device__ __forceinline__ float activate(Activation activation, float x) {
+// change(x) for each.
+template <int kCount, class Change>
+__device__ __forceinline__ void each(float (&x)[kCount], Change change) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = change(x[i]);
+}
+
+// x = act(x); relu passes NaN on.
+template <int kCount>
+__device__ __forceinline__ void activate(Activation activation, float (&x)[kCount]) {
   switch (activation) {
     case Activation::kRelu:
-      return x <= 0.f ? 0.f : x;
+      return each(x, [](float v) { return v <= 0.f ? 0.f : v; });
     case Activation::kGelu:
-      return x * normal_cdf(x);
+      return each(x, [](float v) { return v * normal_cdf(v); });
     case Activation::kSilu:
-      return x * sigmoid(x);
+      return each(x, [](float v) { return v * sigmoid(v); });
     case Activation::kTanh:
-      return hyperbolic_tangent(x);
+      return each(x, [](float v) { return hyperbolic_tangent(v); });
     case Activation::kSigmoid:
-      return sigmoid(x);
+      return each(x, [](float v) { return sigmoid(v); });
     default:
-      return x;
+      return;
   }
 }
 
-__device__ __forceinline__ float slope(Activation activation, float x) {
+// x = act'(x).
+template <int kCount>
+__device__ __forceinline__ void slope(Activation activation, float (&x)[kCount]) {
   switch (activation) {
     case Activation::kRelu:
-      return x > 0.f ? 1.f : 0.f;
+      return each(x, [](float v) { return v > 0.f ? 1.f : 0.f; });
     case Activation::kGelu:
-      return normal_cdf(x) + x * 0.39894228040143268f * ptx::exp2(x * x * -0.72134752044448170f);
-    case Activation::kSilu: {
-      const float s = sigmoid(x);
-      return s * (1.f + x * (1.f - s));
-    }
-    case Activation::kTanh: {
-      const float t = hyperbolic_tangent(x);
-      return 1.f - t * t;
-    }
-    case Activation::kSigmoid: {
-      const float s = sigmoid(x);
-      return s * (1.f - s);
-    }
+      return each(x, [](float v) {
+        return normal_cdf(v) + v * 0.39894228040143268f * ptx::exp2(v * v * -0.72134752044448170f);
+      });
+    case Activation::kSilu:
+      return each(x, [](float v) {
+        const float s = sigmoid(v);
+        return s * (1.f + v * (1.f - s));
+      });
+    case Activation::kTanh:
+      return each(x, [](float v) {
+        const float t = hyperbolic_tangent(v);
+        return 1.f - t * t;
+      });
+    case Activation::kSigmoid:
+      return each(x, [](float v) {
+        const float s = sigmoid(v);
+        return s * (1.f - s);
+      });
     default:
-      return 1.f;
+      return each(x, [](float) { return 1.f; });
   }
 }
 

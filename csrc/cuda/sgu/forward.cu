@@ -18,9 +18,9 @@ __global__ void __launch_bounds__(MixShape<T>::kThreads, 2) sgu_forward_kernel(c
   const typename M::Block b = M::block_of(p);
   if (b.row0 >= b.n_rows) return;
   Sums<M::S::kM, M::S::kN> sums;
-  M::multiply_tiles(p, p.gate, b, sums);
+  M::multiply(p, p.gate, b, sums);
   M::for_chunks(p, b, sums, [&](int row, const Place& place, float(&x)[kChunk<T>]) {
-    const int64_t token = b.first + row;
+    const int64_t token = b.first(p) + row;
     const float bias = bias_of<T>(p, b.head, row);
     float other[kChunk<T>];
 #pragma unroll
@@ -32,8 +32,9 @@ __global__ void __launch_bounds__(MixShape<T>::kThreads, 2) sgu_forward_kernel(c
     }
     if (p.z.data) store<T>(p, p.z, b.head, token, place, x);
     load<T>(p, p.residual, b.head, token, place, other);
+    activate(p.activation, x);
 #pragma unroll
-    for (int e = 0; e < kChunk<T>; ++e) x[e] = activate(p.activation, x[e]) * other[e];
+    for (int e = 0; e < kChunk<T>; ++e) x[e] *= other[e];
     store<T>(p, p.out, b.head, token, place, x);
   });
 }
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(MixShape<T>::kThreads, 2) sgu_forward_kernel(c
 template <class T>
 void run(const SguArgs& p, void* stream) {
   using M = Mixing<T, false>;
-  launch("sgu_forward", sgu_forward_kernel<T>, M::blocks(p), M::S::kThreads, M::kShared, stream, p);
+  launch("sgu_forward", sgu_forward_kernel<T>, M::blocks(p), M::S::kThreads, M::shared_bytes(p), stream, p);
 }
 
 }  // namespace

@@ -10,16 +10,16 @@ __global__ void __launch_bounds__(MixShape<T>::kThreads, 2) sgu_gate_gradient_ke
   const typename M::Block b = M::block_of(p);
   if (b.row0 >= b.n_rows) return;
   Sums<M::S::kM, M::S::kN> sums;
-  M::multiply_tiles(p, p.dmix, b, sums);
+  M::multiply(p, p.dmix, b, sums);
   M::for_chunks(p, b, sums, [&](int row, const Place& place, const float(&x)[kChunk<T>]) {
-    store<T>(p, p.dgate, b.head, b.first + row, place, x);
+    store<T>(p, p.dgate, b.head, b.first(p) + row, place, x);
   });
 }
 
 template <class T>
 void run(const SguArgs& p, void* stream) {
   using M = Mixing<T, true>;
-  launch("sgu_gate_gradient", sgu_gate_gradient_kernel<T>, M::blocks(p), M::S::kThreads, M::kShared, stream, p);
+  launch("sgu_gate_gradient", sgu_gate_gradient_kernel<T>, M::blocks(p), M::S::kThreads, M::shared_bytes(p), stream, p);
 }
 
 }  // namespace

@@ -21,14 +21,19 @@ __global__ void __launch_bounds__(kWarp* kWarps) sgu_mix_gradient_kernel(const _
     load<T>(p, p.z, head, token, place, z);
     load<T>(p, p.dout, head, token, place, dout);
     load<T>(p, p.residual, head, token, place, residual);
+    float value[kChunk<T>];
+#pragma unroll
+    for (int e = 0; e < kChunk<T>; ++e) value[e] = z[e];
+    activate(p.activation, value);
+    slope(p.activation, z);
 #pragma unroll
     for (int e = 0; e < kChunk<T>; ++e) {
-      residual[e] *= dout[e] * slope(p.activation, z[e]);
+      value[e] *= dout[e];
+      residual[e] *= dout[e] * z[e];
       if (e < place.count) total += residual[e];
-      dout[e] *= activate(p.activation, z[e]);
     }
     store<T>(p, p.dmix, head, token, place, residual);
-    if (p.dresidual.data) store<T>(p, p.dresidual, head, token, place, dout);
+    if (p.dresidual.data) store<T>(p, p.dresidual, head, token, place, value);
   }
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) total += __shfl_xor_sync(kAllLanes, total, lanes);
   if (p.sums && threadIdx.x % kWarp == 0) p.sums[index] = total;

@@ -18,11 +18,27 @@ __device__ __forceinline__ void load_words_by_column(Words<float, 4>& words, con
   }
 }
 
-// 16 rows of the left operand, from `row` on: of a tile [rows][terms], or transposed [terms][rows].
-template <class T, bool kTransposed, int kStride>
+// 16 rows of the left operand, from `row` on: of a tile [rows][terms], or transposed [terms][rows]. Its numbers are W:
+// T, or float32 that is rounded to it here.
+template <class T, class W, bool kTransposed, int kStride>
 __device__ __forceinline__ void load_left(Words<T, 4>& words, const unsigned char* tile, int row, int step) {
   const int lane = threadIdx.x % kWarp;
-  if constexpr (!kTransposed) {
+  if constexpr (sizeof(W) != sizeof(T)) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = row + lane / 4 + i % 2 * 8, k = 16 * step + lane % 4 * 2 + i / 2 * 8;
+      if constexpr (kTransposed) {
+        const float* x = reinterpret_cast<const float*>(tile + k * kStride) + r;
+        words.high[i] = ptx::pack<T>(x[0], x[kStride / 4]);
+      } else {
+        struct alignas(8) Pair {
+          float x, y;
+        };
+        const Pair pair = *reinterpret_cast<const Pair*>(tile + r * kStride + 4 * k);
+        words.high[i] = ptx::pack<T>(pair.x, pair.y);
+      }
+    }
+  } else if constexpr (!kTransposed) {
     load_words(words, tile + (row + lane % 16) * kStride + step * kStepBytes + lane / 16 * 16);
   } else if constexpr (sizeof(T) == 4) {
     load_words_by_column<kStride>(words, tile, row, step, true);
@@ -42,14 +58,14 @@ __device__ __forceinline__ void load_right(Words<T, 4>& words, const unsigned ch
 }
 
 // sums += left right, over kSteps steps: 16 kM rows from `row` on, 8 kN columns from `column` on.
-template <class T, bool kTransposed, int kSteps, int kLeftStride, int kRightStride, int kM, int kN>
+template <class T, class W, bool kTransposed, int kSteps, int kLeftStride, int kRightStride, int kM, int kN>
 __device__ __forceinline__ void add_mixture(Sums<kM, kN>& sums, const unsigned char* left, int row,
                                             const unsigned char* right, int column) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     Words<T, 4> a[kM];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) load_left<T, kTransposed, kLeftStride>(a[m], left, row + 16 * m, step);
+    for (int m = 0; m < kM; ++m) load_left<T, W, kTransposed, kLeftStride>(a[m], left, row + 16 * m, step);
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       Words<T, 4> b;  // of tiles n and n + 1

@@ -9,9 +9,8 @@ namespace {
 
 template <class T>
 struct Shape {
-  static constexpr int kM = 2, kN = sizeof(T) == 4 ? 4 : 8;
-  static constexpr int kWarpRows = sizeof(T) == 4 ? 2 : 4, kWarpColumns = 2;
-  static constexpr int kThreads = kWarp * kWarpRows * kWarpColumns;
+  static constexpr int kM = sizeof(T) == 4 ? 2 : 4, kN = 2 * kM;  // of a warp, in tiles of 16 x 8
+  static constexpr int kWarpRows = 2, kWarpColumns = 2, kThreads = kWarp * kWarpRows * kWarpColumns;
   static constexpr int kSize = 16 * kM * kWarpRows;  // rows of a tile, and columns
   static_assert(kSize == 8 * kN * kWarpColumns);
   static constexpr int kTerms = 64 / static_cast<int>(sizeof(T));  // channels: two steps
