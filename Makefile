@@ -22,6 +22,7 @@ compile-gpu: build
 	$(BIN)/python -m hierkernels.ops.attention.aot
 	$(BIN)/python -m hierkernels.ops.causal_sgu.aot
 	$(BIN)/python -m hierkernels.ops.selected_attention.aot
+	$(BIN)/python -m hierkernels.ops.select_blocks.aot
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -6,34 +6,38 @@
 #include "cpu/attention/attention.h"
 #include "cpu/isa.h"
 #include "cpu/select_blocks/select_blocks.h"
+#include "cpu/selected_attention/selected_attention.h"
 #include "cpu/sgu/sgu.h"
 
 namespace py = pybind11;
+using hierkernels::attention_params;
 using hierkernels::AttentionParams;
+using hierkernels::SelectedParams;
 using hierkernels::sgu_params;
 using hierkernels::SguParams;
 using hierkernels::tensor;
 
 namespace {
 
-AttentionParams params(const py::object& q, const py::object& k, const py::object& v, const py::object& bias,
-                       const py::object& mask, const py::object& padding, const py::object& seed,
-                       const std::array<int64_t, 10>& r, double scale, double softcap, double dropout_p,
-                       int64_t bias_width, int64_t bias_before) {
-  AttentionParams p;
+// The value of the seed, which is in the CPU's memory.
+AttentionParams with_seed(AttentionParams p) {
+  if (p.seed_at) p.seed = static_cast<uint64_t>(*p.seed_at);
+  return p;
+}
+
+SelectedParams selected_params(const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
+                               const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal,
+                               double scale) {
+  SelectedParams p;
   p.q = tensor(q);
   p.k = tensor(k);
   p.v = tensor(v);
-  p.bias = tensor(bias).broadcast();
-  p.mask = tensor(mask).broadcast();
-  p.padding = tensor(padding).broadcast();
-  p.range = {{r[0], r[1], r[2], r[3], r[4]}, {r[5], r[6], r[7], r[8], r[9]}};
+  p.indices = tensor(indices);
+  p.weights = tensor(weights);
+  p.block_size = block_size;
+  p.include_own_block = include_own_block;
+  p.is_causal = is_causal;
   p.scale = scale;
-  p.softcap = softcap;
-  p.dropout_p = dropout_p;
-  p.bias_width = bias_width;
-  p.bias_before = bias_before;
-  if (!seed.is_none()) p.seed = static_cast<uint64_t>(*tensor(seed).as<int64_t>());
   return p;
 }
 
@@ -60,7 +64,8 @@ PYBIND11_MODULE(_native, m) {
            const py::object& mask, const py::object& padding, const py::object& seed,
            const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
            int64_t bias_width, int64_t bias_before, const py::object& out, const py::object& lse) {
-          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p, bias_width, bias_before);
+          AttentionParams p = with_seed(attention_params(q, k, v, bias, mask, padding, seed, range, scale, softcap,
+                                                         dropout_p, bias_width, bias_before));
           p.out = tensor(out);
           p.lse = tensor(lse);
           py::gil_scoped_release release;
@@ -72,7 +77,8 @@ PYBIND11_MODULE(_native, m) {
            const std::array<int64_t, 10>& range, double scale, double softcap, double dropout_p,
            int64_t bias_width, int64_t bias_before, const py::object& out, const py::object& lse, const py::object& dout, const py::object& dlse,
            const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dbias) {
-          AttentionParams p = params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p, bias_width, bias_before);
+          AttentionParams p = with_seed(attention_params(q, k, v, bias, mask, padding, seed, range, scale, softcap,
+                                                         dropout_p, bias_width, bias_before));
           p.out = tensor(out);
           p.lse = tensor(lse);
           p.dout = tensor(dout);
@@ -83,6 +89,34 @@ PYBIND11_MODULE(_native, m) {
           p.dbias = tensor(dbias).broadcast();
           py::gil_scoped_release release;
           hierkernels::attention_backward(p);
+        });
+
+  m.def("selected_forward",
+        [](const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
+           const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal, double scale,
+           const py::object& out, const py::object& lse) {
+          SelectedParams p = selected_params(q, k, v, indices, weights, block_size, include_own_block, is_causal, scale);
+          p.out = tensor(out);
+          p.lse = tensor(lse);
+          py::gil_scoped_release release;
+          hierkernels::selected_forward(p);
+        });
+  m.def("selected_backward",
+        [](const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
+           const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal, double scale,
+           const py::object& out, const py::object& lse, const py::object& dout, const py::object& dlse,
+           const py::object& dq, const py::object& dk, const py::object& dv, const py::object& dweights) {
+          SelectedParams p = selected_params(q, k, v, indices, weights, block_size, include_own_block, is_causal, scale);
+          p.out = tensor(out);
+          p.lse = tensor(lse);
+          p.dout = tensor(dout);
+          p.dlse = tensor(dlse);
+          p.dq = tensor(dq);
+          p.dk = tensor(dk);
+          p.dv = tensor(dv);
+          p.dweights = tensor(dweights);
+          py::gil_scoped_release release;
+          hierkernels::selected_backward(p);
         });
 
   m.def("sgu_forward",

@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "common/attention_params.h"
 #include "common/sgu_params.h"
 #include "common/tensor.h"
 
@@ -15,6 +16,13 @@ void bind_dtypes(pybind11::module_& m);
 
 // The tensor t as kernels see it; an empty one for None. Throws a Python error if it cannot be.
 Tensor tensor(const pybind11::object& t);
+
+// A call from the arguments of AttentionCall.arguments(), in hierkernels/ops/attention/call.py.
+AttentionParams attention_params(const pybind11::object& q, const pybind11::object& k, const pybind11::object& v,
+                                 const pybind11::object& bias, const pybind11::object& mask,
+                                 const pybind11::object& padding, const pybind11::object& seed,
+                                 const std::array<int64_t, 10>& key_range, double scale, double softcap, double dropout_p,
+                                 int64_t bias_width, int64_t bias_before);
 
 // A call of the spatial gating unit, but for what it writes.
 SguParams sgu_params(const pybind11::object& residual, const pybind11::object& gate, const pybind11::object& weight,

@@ -63,6 +63,28 @@ Tensor tensor(const py::object& t) {
   return out;
 }
 
+AttentionParams attention_params(const py::object& q, const py::object& k, const py::object& v,
+                                 const py::object& bias, const py::object& mask,
+                                 const py::object& padding, const py::object& seed,
+                                 const std::array<int64_t, 10>& r, double scale, double softcap, double dropout_p,
+                                 int64_t bias_width, int64_t bias_before) {
+  AttentionParams p;
+  p.q = tensor(q);
+  p.k = tensor(k);
+  p.v = tensor(v);
+  p.bias = tensor(bias).broadcast();
+  p.mask = tensor(mask).broadcast();
+  p.padding = tensor(padding).broadcast();
+  p.range = {{r[0], r[1], r[2], r[3], r[4]}, {r[5], r[6], r[7], r[8], r[9]}};
+  p.scale = scale;
+  p.softcap = softcap;
+  p.dropout_p = dropout_p;
+  p.bias_width = bias_width;
+  p.bias_before = bias_before;
+  if (!seed.is_none()) p.seed_at = tensor(seed).as<int64_t>();
+  return p;
+}
+
 SguParams sgu_params(const py::object& residual, const py::object& gate, const py::object& weight, const py::object& bias,
                      const py::object& gate_residual, int64_t window, int activation) {
   SguParams p;

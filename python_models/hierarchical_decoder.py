@@ -19,7 +19,8 @@ from einops import rearrange
 from torch import Tensor
 
 import hierkernels as hk
-from python_models.layers import LocalMHA, apply_rotary, token_shift
+from python_models.layers import LocalMHA, token_shift
+from python_models.rotary import apply_rotary
 
 if TYPE_CHECKING:
     from python_models.hierarchical_layers import Compress, HierarchicalBlock

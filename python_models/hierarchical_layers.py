@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.hierarchical_config import Hierarchy
-from python_models.layers import LocalMHA, LocalRotaryEmbedding, token_shift
+from python_models.layers import LocalMHA, token_shift
+from python_models.rotary import LocalRotaryEmbedding, project_turned
 
 XPOS_SCALE_BASE = 512
 EXPANSION = 4  # hidden channels of a compression, for each channel of the embedding
@@ -65,9 +66,8 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.to_qkv(self.norm(x))
-        q, k, v = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
-        q, k = self.rotary_emb.turn(q, k, 0)
+        phases = self.rotary_emb.phases(x.shape[1], 0)
+        q, k, v = project_turned(self.norm(x), self.to_qkv, self.heads, phases)
         out = hk.attention(q, k, v, is_causal=True)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 

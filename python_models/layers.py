@@ -1,4 +1,4 @@
-"""Pieces that several models share: norms, token shift, rotary positions, caches, sampling filters.
+"""Pieces that several models share: norms, token shift, windowed attention, caches, filters.
 
 Shapes: B batch, H heads, N tokens, D head channels, C model channels.
 """
@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import hierkernels as hk
+from python_models.rotary import LocalRotaryEmbedding, project_turned
 
 
 class RMSNorm(nn.Module):
@@ -69,75 +70,11 @@ class Residual(nn.Module):
         return x + self.fn(x, *args, **options)
 
 
-class RotaryEmbedding(nn.Module):
-    """Rotary positions, half-split layout (Su et al., 2021, section 3.2).
-
-    Channels ``c`` and ``c + D/2`` form a pair, turned by ``position * theta**(-2c/D)``.
-    """
-
-    inv_freq: Tensor
-
-    def __init__(self, dim: int, theta: float = 10000.0) -> None:
-        super().__init__()
-        self.register_buffer("inv_freq", 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim))
-
-    def forward(self, length: int) -> tuple[Tensor, Tensor]:
-        """Tables for :func:`apply_rotary` of positions 0 to length - 1, each ``(length, D)``."""
-        positions = torch.arange(length, device=self.inv_freq.device, dtype=self.inv_freq.dtype)
-        angles = torch.outer(positions, self.inv_freq)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns ``x`` (..., N, D) by its positions; keeps its dtype under autocast.
-
-    A roll by half the channels brings each channel to its partner; the sign of the rotation is in
-    the table of sines.
-    """
-    cos, sin = rotary
-    turned = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-    return turned if turned.dtype == x.dtype else turned.to(x.dtype)
-
-
 def token_shift(x: Tensor, by: int = 1) -> Tensor:
     """Delays the second half of the channels by so many positions, zeros first: ``(B, N, C)``."""
     kept, delayed = x.chunk(2, dim=-1)
     by = min(by, x.shape[1])
     return torch.cat((kept, F.pad(delayed, (0, 0, by, -by))), dim=-1)
-
-
-class LocalRotaryEmbedding(RotaryEmbedding):
-    """Rotary positions of windowed attention, with xpos if ``scale_base`` is given.
-
-    xpos (Sun et al., 2022, section 3.1) multiplies query i and key j by ``s**(i / scale_base)`` and
-    ``s**(-j / scale_base)``, s below 1 and by channel, so that distant pairs weigh less.
-    """
-
-    scale: Tensor
-
-    def __init__(self, dim: int, scale_base: float | None = None) -> None:
-        super().__init__(dim)
-        self.scale_base = scale_base
-        scale = (torch.arange(0, dim, 2) + 0.4 * dim) / (1.4 * dim)
-        self.register_buffer("scale", scale, persistent=False)
-
-    def tables(self, length: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Tables for :func:`apply_rotary` of positions 0 to length - 1, of queries and of keys."""
-        cos, sin = self(length)
-        if self.scale_base is None:
-            return (cos, sin), (cos, sin)
-        positions = torch.arange(length, device=cos.device, dtype=cos.dtype)
-        decay = self.scale ** ((positions - length // 2) / self.scale_base)[:, None]
-        decay = torch.cat((decay, decay), dim=-1)
-        return (cos * decay, sin * decay), (cos / decay, sin / decay)
-
-    def turn(self, q: Tensor, k: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
-        """q, k ``(..., N, D)``, the last query at the last key's position plus ``ahead``."""
-        n = k.shape[-2]
-        (q_cos, q_sin), (k_cos, k_sin) = self.tables(n + ahead)
-        last = slice(n + ahead - q.shape[-2], None)
-        return apply_rotary(q, (q_cos[last], q_sin[last])), apply_rotary(k, (k_cos[:n], k_sin[:n]))
 
 
 class LocalAttention(nn.Module):
@@ -217,6 +154,12 @@ class LocalAttention(nn.Module):
     ) -> Tensor:
         if self.rel_pos is not None:
             q, k = self.rel_pos.turn(q, k, self.ahead)
+        return self.attend_turned(q, k, v, mask, attn_bias)
+
+    def attend_turned(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None
+    ) -> Tensor:
+        """As :meth:`forward`, of queries and keys that are turned already."""
         return hk.local_attention(
             q, k, v, self.window_size, is_causal=self.causal, look_backward=self.look_backward,
             look_forward=self.look_forward, exact_window=self.exact_windowsize,
@@ -299,6 +242,24 @@ class LocalMHA(nn.Module):
         """
         if self.norm is not None:
             x = self.norm(x)
+        rotary = self.attn_fn.rel_pos
+        # Keys of a cache are as they were projected; xpos may cut the sequence first.
+        turns_first = rotary is not None and rotary.scale_base is None and not self.qk_rmsnorm
+        if turns_first and cache is None and not return_cache:
+            phases = rotary.phases(x.shape[1], self.attn_fn.ahead)
+            turned = project_turned(x, self.to_qkv, self.heads, phases)
+            out = self.attn_fn.attend_turned(*turned, mask, attn_bias)
+        else:
+            out, k, v = self._attend(x, mask, attn_bias, cache)
+        if self.to_v_gate is not None:
+            out = out * rearrange(self.to_v_gate(x), "b n h -> b h n 1").sigmoid()
+        out = self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        return (out, torch.stack((k, v))) if return_cache else out
+
+    def _attend(
+        self, x: Tensor, mask: Tensor | None, attn_bias: Tensor | None, cache: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The heads' outputs, and keys and values to be kept, not turned; ``(B, H, N, D)``."""
         q, k, v = rearrange(self.to_qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
         if self.qk_rmsnorm:
             q = F.normalize(q, dim=-1) * self.q_scale
@@ -312,10 +273,7 @@ class LocalMHA(nn.Module):
                 raise ValueError("with a cache, mask and attn_bias must be None")
             k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             out = self.attn_fn.attend_last(q, k, v)
-        if self.to_v_gate is not None:
-            out = out * rearrange(self.to_v_gate(x), "b n h -> b h n 1").sigmoid()
-        out = self.to_out(rearrange(out, "b h n d -> b n (h d)"))
-        return (out, torch.stack((k, v))) if return_cache else out
+        return out, k, v
 
 
 class KVCache:

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.arguments import check_integers, check_token_type, check_token_values
-from python_models.layers import FeedForward, RMSNorm, RotaryEmbedding, apply_rotary, token_shift
+from python_models.layers import FeedForward, RMSNorm, token_shift
 from python_models.megabyte_decoder import Decoder
 from python_models.pretrained import Pretrained
+from python_models.rotary import RotaryEmbedding, apply_rotary
 from python_models.sampling import Recomputation, chooser, collect, draw_tokens
 
 

@@ -16,7 +16,8 @@ from einops import repeat
 from torch import Tensor, nn
 
 import hierkernels as hk
-from python_models.layers import KVCache, RMSNorm, apply_rotary
+from python_models.layers import KVCache, RMSNorm
+from python_models.rotary import apply_rotary
 
 if TYPE_CHECKING:
     from python_models.megabyte import MEGABYTE

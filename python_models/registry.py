@@ -16,6 +16,9 @@ from python_models.autoregressive_wrapper import AutoregressiveWrapper, next_tok
 from python_models.gmlp_gpt import gMLPGPT
 from python_models.hierarchical_transformer import HierarchicalTransformer
 from python_models.megabyte import MEGABYTE
+from python_models.memformer_language_model import MemformerLanguageModel
+from python_models.nsa_transformer import PAPER_SPARSE_ATTN_KWARGS
+from python_models.nsa_transformer import Transformer as NSATransformer
 from python_models.pretrained import tuples
 
 # Sizes: for a test of seconds, for two CPU cores and minutes, and those of the paper.
@@ -76,8 +79,8 @@ class ByteModel:
         return options
 
 
-def _generate_megabyte(
-    model: MEGABYTE, prime: Tensor, **settings: Any
+def _generate(
+    model: MEGABYTE | MemformerLanguageModel, prime: Tensor, **settings: Any
 ) -> Generator[Tensor, None, None]:
     return model.generate_tokens(prime, **settings)
 
@@ -111,6 +114,30 @@ def _generate_hierarchical(
     return model.generate_tokens(_with_start(prime), count, **settings)
 
 
+NSA_SIZES = (
+    "sliding_window_size",
+    "compress_block_size",
+    "compress_block_sliding_stride",
+    "selection_block_size",
+    "num_selected_blocks",
+)
+
+
+def _build_nsa(*, seq_len: int, **options: Any) -> NSATransformer:
+    """seq_len is the window; the model itself reads any length."""
+    sizes = {name: options.pop(name) for name in NSA_SIZES}
+    model = NSATransformer(**options, sparse_attn_kwargs=sizes)
+    model.seq_len = seq_len
+    return model
+
+
+def _generate_nsa(
+    model: NSATransformer, prime: Tensor, **settings: Any
+) -> Generator[Tensor, None, None]:
+    count = model.seq_len - prime.shape[1]
+    return model.sample_tokens(_with_start(prime), count, **settings)
+
+
 MODELS: dict[str, ByteModel] = {
     "megabyte": ByteModel(
         build=MEGABYTE,
@@ -134,7 +161,7 @@ MODELS: dict[str, ByteModel] = {
         paper={"dim": (2048, 1024), "depth": (14, 18), "max_seq_len": (1024, 8), "heads": 16},
         window=lambda options: prod(options["max_seq_len"]),
         loss=lambda model, ids: model(ids, return_loss=True),
-        generate=_generate_megabyte,
+        generate=_generate,
     ),
     "gmlp-gpt": ByteModel(
         build=gMLPGPT,
@@ -201,6 +228,80 @@ MODELS: dict[str, ByteModel] = {
         window=lambda options: options["seq_len"],
         loss=_hierarchical_loss,
         generate=_generate_hierarchical,
+    ),
+    "memformer": ByteModel(
+        build=MemformerLanguageModel,
+        options={
+            "num_tokens": 256,
+            "dim": 256,
+            "depth": (2, 4),
+            "heads": 4,
+            "segment_len": 128,
+            "segments": 4,
+            "num_memory_slots": 32,
+            "num_mem_updates": 1,
+            "replay": False,
+        },
+        tiny={"dim": 64, "depth": (1, 1), "heads": 2, "segment_len": 16, "num_memory_slots": 8},
+        # The size of the paper's experiments: a deep decoder, many slots, long sequences.
+        paper={
+            "dim": 512,
+            "depth": (4, 16),
+            "heads": 8,
+            "segments": 16,
+            "num_memory_slots": 1024,
+            "replay": True,
+        },
+        window=lambda options: options["segment_len"] * options["segments"],
+        loss=lambda model, ids: model(ids, return_loss=True),
+        generate=_generate,
+    ),
+    "nsa": ByteModel(
+        build=_build_nsa,
+        options={
+            "num_tokens": 257,
+            "dim": 256,
+            "depth": 6,
+            "seq_len": 1024,
+            "dim_head": 32,
+            "heads": 8,
+            "kv_heads": 2,
+            "ff_expansion_factor": 4.0,
+            "use_sparse_attn": True,
+            "preset": "seed",
+            "sliding_window_size": 64,
+            "compress_block_size": 16,
+            "compress_block_sliding_stride": 8,
+            "selection_block_size": 16,
+            "num_selected_blocks": 4,
+        },
+        tiny={
+            "dim": 64,
+            "depth": 2,
+            "seq_len": 64,
+            "dim_head": 16,
+            "heads": 4,
+            "sliding_window_size": 16,
+            "compress_block_size": 8,
+            "compress_block_sliding_stride": 4,
+            "selection_block_size": 8,
+            "num_selected_blocks": 2,
+        },
+        # Yuan et al., 2025, section 4.1: the attention of its 27 B model, one feed-forward layer
+        # in the place of experts.
+        paper={
+            "dim": 2560,
+            "depth": 30,
+            "seq_len": 8192,
+            "dim_head": 128,
+            "heads": 64,
+            "kv_heads": 4,
+            "preset": "paper",
+            **PAPER_SPARSE_ATTN_KWARGS,
+        },
+        window=lambda options: options["seq_len"],
+        loss=lambda model, ids: model(_with_start(ids), return_loss=True),
+        generate=_generate_nsa,
     ),
 }
 

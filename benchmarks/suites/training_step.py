@@ -12,7 +12,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hierkernels as hk
 from benchmarks.suite import BACKEND_ROWS, Candidate, Problem, Suite, Unsupported
-from python_models import MEGABYTE, gMLPGPT
+from benchmarks.suites.native_sparse_attention import Case as LayerCase
+from python_models import MEGABYTE, Memformer, NSATransformer, gMLPGPT
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class Model:
     name: str  # of the class in it
     variants: tuple[dict[str, Any], ...]  # further options of the package: the quickest counts
     loss: Callable[[nn.Module, Tensor], Tensor]
+    seen: float = 0.5  # share of the batched products that masks leave; triangular ones leave half
 
 
-def _megabyte_loss(model: nn.Module, ids: Tensor) -> Tensor:
+def _own_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids, return_loss=True)
 
 
@@ -45,15 +47,41 @@ def _next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
+def _memformer_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Segments with the memory handed on; each predicts its own tokens, encoder and decoder run."""
+    mems, losses = None, []
+    for segment in ids.split(model.encoder.max_seq_len, dim=1):
+        _, mems, loss = model(segment, segment, mems=mems)
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
 MODELS = {
     "megabyte": Model(
         MEGABYTE,
         "MEGABYTE_pytorch",
         "MEGABYTE",
         ({"flash_attn": False}, {"flash_attn": True}),
-        _megabyte_loss,
+        _own_loss,
     ),
     "gmlp-gpt": Model(gMLPGPT, "g_mlp_gpt", "gMLPGPT", ({},), _next_token_loss),
+    "nsa": Model(
+        NSATransformer,
+        "native_sparse_attention_pytorch.transformer",
+        "Transformer",
+        ({},),
+        _own_loss,
+    ),
+    "memformer": Model(
+        # The original's relative positions: without masks the only quirk that matters.
+        functools.partial(Memformer, upstream_quirks=True),
+        "memformer",
+        "Memformer",
+        ({},),
+        _memformer_loss,
+        # Of self attention in the encoder, in the decoder, and cross attention; others are small.
+        (1 + 0.5 + 1) / 3,
+    ),
 }
 
 
@@ -69,11 +97,20 @@ class Case:
     group: str = "step"
     quick: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    sparse: tuple[tuple[str, int], ...] = ()  # sparse_attn_kwargs among the options
+    # Bytes that results are judged on, at the start of the sequence; None: all. A choice of blocks
+    # near a tie is made differently by two correct rows, and a long sequence has such choices.
+    judged: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the constructor of both."""
+        sparse = {"sparse_attn_kwargs": dict(self.sparse)} if self.sparse else {}
+        return dict(self.options) | sparse
 
     def build(self) -> nn.Module:
         """Our model; its weights depend on the case alone, and none is 0."""
         torch.manual_seed(0)
-        model = MODELS[self.model].ours(**dict(self.options))
+        model = MODELS[self.model].ours(**self.arguments())
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
@@ -98,16 +135,17 @@ class Oracle:
 
     loss: float
     gradient: Tensor  # of all parameters, flat
-    flops: float  # of the products; batched ones, under a triangular mask, count half
+    flops: float  # of the products; batched ones count as far as masks leave them
 
 
 @functools.lru_cache(maxsize=1)
 def _oracle(case: Case) -> Oracle:
-    inputs = Inputs(case, torch.float64, "cpu", {}, case.ids())
+    inputs = Inputs(case, torch.float64, "cpu", {}, case.ids()).judged()
     with FlopCounterMode(display=False) as counter:
         loss, grads = Step(inputs, case.build().double(), "reference").run()
     counts = counter.get_flop_counts()["Global"]
-    flops = sum(n / 2 if op == torch.ops.aten.bmm else n for op, n in counts.items())
+    seen = MODELS[case.model].seen
+    flops = sum(n * seen if op == torch.ops.aten.bmm else n for op, n in counts.items())
     return Oracle(loss.item(), _flat(grads), float(flops))
 
 
@@ -119,6 +157,33 @@ GMLP_OPTIONS = (
     ("num_tokens", 256), ("dim", 256), ("depth", 2), ("seq_len", 2048), ("heads", 4),
 )  # fmt: skip
 
+MEMFORMER_OPTIONS = (
+    ("dim", 256), ("num_memory_slots", 32), ("mem_update_attn_heads", 4),
+    *((f"{side}_{name}", value) for side in ("enc", "dec") for name, value in (
+        ("num_tokens", 256), ("max_seq_len", 1024), ("depth", 2), ("heads", 4),
+    )),
+)  # fmt: skip
+
+NSA_OPTIONS = (
+    ("num_tokens", 256), ("dim", 512), ("depth", 1), ("dim_head", 64), ("heads", 8),
+    ("kv_heads", 2), ("use_sparse_attn", True),
+)  # fmt: skip
+NSA_SPARSE = (
+    ("sliding_window_size", 64), ("compress_block_size", 16), ("compress_block_sliding_stride", 8),
+    ("selection_block_size", 16), ("num_selected_blocks", 4),
+)  # fmt: skip
+
+
+class NsaCase(Case):
+    """Its products are those of its spec: the reference computes what the masks then hide."""
+
+    def flops(self, direction: str) -> float:
+        layer = LayerCase(self.length, self.name)
+        attention = layer.flops("forward") + layer.flops("backward")
+        others = self.length * (2 * 512 * 2048 + 512 * 256)  # feed-forward, logits
+        return attention + 3 * 2.0 * others
+
+
 CASES = (
     Case("megabyte-8192", "megabyte", 8192, MEGABYTE_OPTIONS),
     Case("gmlp-gpt-2048", "gmlp-gpt", 2048, GMLP_OPTIONS),
@@ -129,6 +194,17 @@ CASES = (
         (*GMLP_OPTIONS, ("window", 128)),
         quick=False,
     ),
+    NsaCase(
+        "nsa-4096",
+        "nsa",
+        4096,
+        NSA_OPTIONS,
+        sparse=NSA_SPARSE,
+        judged=256,
+        dtypes=(torch.float32,),  # in bfloat16 nearly every sequence has ties
+    ),
+    Case("memformer-1024", "memformer", 1024, MEMFORMER_OPTIONS),
+    Case("memformer-4x1024", "memformer", 4096, MEMFORMER_OPTIONS, quick=False),
 )
 
 
@@ -141,6 +217,10 @@ class Inputs:
     device: str
     state: dict[str, Tensor]
     ids: Tensor
+
+    def judged(self) -> Inputs:
+        """The bytes that results are judged on."""
+        return replace(self, ids=self.ids[:, : self.case.judged])
 
 
 @dataclass(frozen=True)
@@ -179,6 +259,7 @@ class StepProblem(Problem):
     @staticmethod
     def make(inputs: Inputs) -> StepProblem:
         problem = StepProblem(inputs, _oracle(inputs.case), {})
+        inputs = inputs.judged()
         eager = Step(inputs, inputs.case.build().to(inputs.device), "reference").run()
         # The loss is a mean over tokens: each rounded in the dtype, the sum and itself in float32.
         eps, accumulator = (torch.finfo(t).eps for t in (inputs.dtype, torch.float32))
@@ -201,7 +282,8 @@ class StepProblem(Problem):
         }
 
     def check(self, candidate: Candidate, direction: str) -> dict[str, float]:
-        errors = self.errors(*candidate.inputs.run())
+        step = candidate.inputs
+        errors = self.errors(*replace(step, inputs=step.inputs.judged()).run())
         failures = [
             f"{name}: error {error:.3g}, allowed {self.allowed[name]:.3g}"
             for name, error in errors.items()
@@ -224,7 +306,7 @@ def _flat(grads: Sequence[Tensor]) -> Tensor:
 
 
 class TrainingStepSuite(Suite):
-    """MEGABYTE against megabyte-pytorch, gMLPGPT against g-mlp-gpt."""
+    """Each model against the package it comes from, with the same weights."""
 
     name = "training_step"
     peers: ClassVar = {"eager": "the same model, reference backend", "package": "original package"}
@@ -262,7 +344,7 @@ class TrainingStepSuite(Suite):
     def _candidate(
         self, build: Callable[..., nn.Module], inputs: Inputs, backend: str | None, label: str
     ) -> Candidate:
-        module = build(**dict(inputs.case.options))
+        module = build(**inputs.case.arguments())
         module.load_state_dict(inputs.state)
         step = Step(inputs, module.to(inputs.device), backend)
         return Candidate(lambda step: step.run()[0], step, label)

@@ -2,13 +2,15 @@
 #pragma once
 #include <cstdint>
 
+#include "anywhere.h"
+
 namespace hierkernels {
 
 // bound(i) = clip(((i + shift) / step) * rise + offset, floor, n_keys), canonical: 0 <= shift < step.
 struct Staircase {
   int64_t shift, step, rise, offset, floor;
 
-  int64_t at(int64_t i, int64_t n_keys) const {
+  HIERKERNELS_ANYWHERE int64_t at(int64_t i, int64_t n_keys) const {
     int64_t x = (step == 1 ? i + shift : (i + shift) / step) * rise + offset;  // most steps are 1, division is slow
     if (x < floor) x = floor;
     return x < n_keys ? x : n_keys;
@@ -27,7 +29,7 @@ struct Staircase {
     }
   }
   // The smallest i in [0, n_queries] with at(i) >= x; 1 <= x <= n_keys.
-  int64_t first_reaching(int64_t x, int64_t n_queries) const {
+  HIERKERNELS_ANYWHERE int64_t first_reaching(int64_t x, int64_t n_queries) const {
     if (x <= floor || x <= offset) return 0;
     if (rise == 0) return n_queries;
     const int64_t i = (x - offset + rise - 1) / rise * step - shift;

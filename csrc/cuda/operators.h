@@ -1,16 +1,22 @@
 // The CUDA core as the rest of the library sees it: no CUDA header needed.
+//
+// All run on `stream` (a cudaStream_t) and throw std::runtime_error if a launch fails. No tensor is empty.
 #pragma once
+#include "../common/attention_params.h"
 #include "../common/sgu_params.h"
-#include "../common/tensor.h"
 
 namespace hierkernels::cuda {
 
-// delta[b, h, i] = sum over channels of out * dout, minus dlse where given: what the attention backward starts
-// from. out and dout: (B, H, N, D) of float32, bfloat16 or float16, last stride 1; delta, dlse: (B, H, N) float32,
-// contiguous. Runs on `stream` (a cudaStream_t). Throws std::runtime_error if the launch fails.
-void attention_delta(const Tensor& out, const Tensor& dout, const Tensor& dlse, const Tensor& delta, void* stream);
+// q, k, v, out of float32, bfloat16 or float16, up to 256 channels, last stride 1; lse, dlse and delta float32,
+// contiguous. p.seed_at is on the device.
+void attention_forward(const AttentionParams& p, void* stream);
 
-// The causal spatial gating unit: float32, bfloat16 or float16 activations, none of them empty.
+// delta (B, Hq, Nq) is written: rowsum(out * dout) - dlse. p.dbias, if there, is (slices, elements of the bias) of
+// float32: the gradient in as many parts as attention_bias_slices says, to be added.
+void attention_backward(const AttentionParams& p, const Tensor& delta, void* stream);
+int attention_bias_slices(const AttentionParams& p);
+
+// Activations of float32, bfloat16 or float16.
 void sgu_forward(const SguParams& p, void* stream);
 
 // p.dgate_residual, contiguous as all results, is written in any case. p.dweight is (splits, heads, rows, columns),

@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 from emulation import build
 
+from hierkernels import cuda_core
+
 
 @pytest.fixture(scope="session")
 def emulated_core() -> ModuleType:
@@ -25,3 +27,10 @@ def emulation(emulated_core: ModuleType) -> Iterator[ModuleType]:
     emulated_core.forbid_all()
     yield emulated_core
     emulated_core.forbid_all()
+
+
+@pytest.fixture
+def emulated_cuda(emulation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """backend="cuda" computes CPU tensors, by the emulation."""
+    monkeypatch.setattr(cuda_core, "emulated_core", emulation)
+    return emulation

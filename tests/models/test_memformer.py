@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -416,6 +417,19 @@ def test_forward_refuses(change: dict, error: type[Exception], words: str) -> No
     model = Memformer(**SMALL)
     with pytest.raises(error, match=words):
         model(**{**arguments("plain", 0, SMALL), **change})
+
+
+def test_saved_loaded_and_taken_over_from_upstream(tmp_path: Path) -> None:
+    theirs = upstream(**SMALL)
+    torch.save({"model": theirs.state_dict()}, tmp_path / "upstream.pt")
+    ours = Memformer(**SMALL, upstream_quirks=True).load_upstream(tmp_path / "upstream.pt")
+    ours.save_pretrained(tmp_path / "folder")
+    again = Memformer.from_pretrained(tmp_path / "folder")
+    assert again.options == {**SMALL, "upstream_quirks": True}
+    given = arguments("both-masks", 0, SMALL)
+    for got, kept, expected in zip(again(**given), ours(**given), theirs(**given), strict=True):
+        assert torch.equal(got, kept)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_encoder_only_refuses_what_needs_a_decoder() -> None:

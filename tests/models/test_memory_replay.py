@@ -205,14 +205,14 @@ def most_alive(model: Memformer, segments: int, *, replay: bool) -> int:
 
 def test_memory_does_not_grow_with_segments() -> None:
     """Of each segment only the memory it left stays, which a first pass cannot do without."""
-    model = make(num_memory_slots=2)
+    model = make(num_memory_slots=2, num_mem_updates=1, enc_depth=1)
     kept = 8 * 2 * 16 * 8  # bytes of a memory: batch 8, 2 slots, 16 channels, float64
     replayed = [most_alive(model, n, replay=True) for n in (4, 8, 16)]
     growing = [most_alive(model, n, replay=False) for n in (4, 8, 16)]
     assert growing[1] > 1.8 * growing[0]
     assert growing[2] > 1.8 * growing[1]
     for n, (few, many) in zip((4, 8), pairwise(replayed), strict=True):
-        assert many - few <= 2 * n * kept
+        assert many - few <= 2 * n * kept  # n more segments; some room for what is small
     assert replayed[2] < growing[0]
 
 

@@ -1,7 +1,7 @@
 """hk.selected_attention on the Triton backend, interpreted on the CPU, against the float64 oracle.
 
 A query takes the interpreter about 10 ms in each direction, so cases have some dozens of them; its
-tiles are small too (triton_configs.INTERPRETER), and chunks of the key-major backward hold 64 rows.
+tiles are small too (triton_configs.INTERPRETER), and chunks of the key-major backward hold 32 rows.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _case(
 LENGTHS = (
     (_case("n1", 2), F32),
     (_case("n15"), F32),
-    (_case("n63", N=63, H=1, S=16), BF16),
-    (_case("n65-batch2", 2, H=1, N=65, S=16, n=2), F32),
+    (_case("n63", N=63, H=1, S=16, n=2), BF16),
+    (_case("n65", H=1, N=65, S=16, n=1), F32),
     (_case("q9-k507", N=9, Nk=507, S=64, n=3), F32),
     (_case("q1-k70-decode", 3, 4, 1, Nk=70, S=16), F16),
     (_case("q12-k5-before-all-keys", N=12, Nk=5), F32),
@@ -65,7 +65,7 @@ GROUPS = (
 BLOCKS = (
     (_case("b1", H=1, S=1, n=5), F32),
     (_case("b3", S=3, n=4), F32),
-    (_case("b16-bf16", N=40, S=16, H=1), BF16),
+    (_case("b16-bf16", N=30, S=16, H=1), BF16),
     (_case("b20", N=30, S=20, H=1), F32),
     (_case("b32", N=3, Nk=140, S=32), F32),
     (_case("b64", N=3, Nk=200, S=64), BF16),
@@ -87,8 +87,8 @@ PATTERNS = (
     (_case("twice", pattern="twice", n=6), F32),
     (_case("twice-own", pattern="twice", n=5, own=True), F32),
     (_case("all-in-any-order", pattern="all", n=6), F32),
-    (_case("same-block", N=70, n=1, pattern="same"), F32),  # three chunks of the backward
-    (_case("same-blocks-bf16", N=40, H=3, S=20, n=2, pattern="same"), BF16),
+    (_case("same-block", H=1, N=40, n=1, pattern="same"), F32),  # two chunks of the backward
+    (_case("same-block-g3-bf16", N=30, H=3, n=1, pattern="same"), BF16),
     (_case("own-full", N=12, own=True, is_causal=False), F32),
 )
 
@@ -98,7 +98,7 @@ MODIFIERS = (
     (_case("weights-own-b20", N=25, S=20, weights=True, own=True, pattern="any"), F32),
     (_case("weights-twice", n=4, weights=True, pattern="twice", own=True), F32),
     (_case("weights-holes-per-head", n=4, weights=True, pattern="holes", per_head=True), F32),
-    (_case("weights-same", N=70, H=1, n=1, S=32, weights=True, pattern="same"), F32),
+    (_case("weights-same", N=40, H=1, n=1, S=8, weights=True, pattern="same"), F32),
     (_case("d1", D=1), F32),
     (_case("d40-dv8", D=40, Dv=8), BF16),
     (_case("d24-dv130", N=9, D=24, Dv=130), F32),
@@ -175,13 +175,13 @@ def test_a_block_of_all_queries_is_split() -> None:
     launch, lists, _ = triton_launch.plan_lists(call)
     launch.run()
     inverse = triton_launch.inverse_of(call, target, lists)
-    assert inverse.chunk == 64
-    assert (inverse.item_block == 0).sum() == 2
+    assert inverse.chunk == 32
+    assert (inverse.item_block == 0).sum() == 3
     assert inverse.rows[: inverse.starts[1]].tolist() == list(range(90))
 
 
 def test_results_are_bitwise_repeatable() -> None:
-    inputs = make_inputs(_case("repeat", N=70, n=1, pattern="same", weights=True), F32)
+    inputs = make_inputs(_case("repeat", H=1, N=34, n=1, pattern="same", weights=True), F32)
     first, second = compute(inputs, "triton"), compute(inputs, "triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
 

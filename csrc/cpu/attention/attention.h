@@ -1,42 +1,8 @@
 // What the CPU attention kernels take, and the entry points of each instruction set.
 #pragma once
-#include <cstdint>
-
-#include "../../common/key_range.h"
-#include "../../common/tensor.h"
+#include "../../common/attention_params.h"
 
 namespace hierkernels {
-
-struct AttentionParams {
-  Tensor q, k, v;   // (B, H, N, D), last stride 1; query head h uses key head h / group
-  Tensor out;       // (B, Hq, Nq, Dv), last stride 1
-  Tensor lse;       // (B, Hq, Nq), float32 (float64 if q is), contiguous
-  Tensor bias;      // optional, any float type, broadcast strides over (B, Hq, Nq, Nk)
-  Tensor mask;      // optional, bool, broadcast strides over (B, Hq, Nq, Nk); true: may attend
-  // With a width, the bias is (1, Hq, width, slots): see bias_slots.h.
-  int64_t bias_width = 0, bias_before = 0;
-  Tensor padding;   // optional, bool (B, Nk); true: a real token
-  KeyRange range;   // canonical
-  double scale = 1;
-  double softcap = 0;    // 0: none
-  double dropout_p = 0;  // 0: none
-  uint64_t seed = 0;
-
-  // Backward only.
-  Tensor dout;              // as out, any strides with the last one 1
-  Tensor dlse;              // optional, as lse
-  Tensor dq, dk, dv;        // as q, k, v
-  Tensor dbias;             // optional, float32 (float64 if q is), contiguous, the shape of bias
-
-  int64_t batch() const { return q.size[0]; }
-  int64_t heads() const { return q.size[1]; }
-  int64_t kv_heads() const { return k.size[1]; }
-  int64_t group() const { return q.size[1] / k.size[1]; }
-  int64_t n_queries() const { return q.size[2]; }
-  int64_t n_keys() const { return k.size[2]; }
-  int64_t dim() const { return q.size[3]; }
-  int64_t dim_v() const { return v.size[3]; }
-};
 
 // The instruction sets, each a superset of the one before.
 enum class Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };

@@ -43,6 +43,16 @@ class NextInputs {
     }
   }
 
+  // Aims at `n` rows of `row` bytes in each of `heads` heads, or at nothing.
+  HK_INLINE void aim(const char* data, int64_t head_step, int64_t token_step, int64_t heads, int64_t n, int64_t row) {
+    part_ = 0;
+    head_ = column_ = row_ = 0;
+    n_parts_ = 1;
+    parts_[0] = token_step == row ? Part{data, head_step, kLine, heads, lines(n * row), 1}
+                                  : Part{data, head_step, token_step, heads, n, lines(row)};
+  }
+  HK_INLINE void aim_at_nothing() { part_ = n_parts_ = 0; }
+
   // What a loop of so many turns should ask for, a line each; `otherwise`, which is in the caches, if nothing is left.
   HK_INLINE Lines take(int64_t turns, const void* otherwise) {
     if (part_ == n_parts_) return nothing_to_ask(otherwise);

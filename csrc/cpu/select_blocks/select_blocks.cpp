@@ -7,15 +7,8 @@ namespace hierkernels {
 
 void select_blocks(const SelectParams& p) {
 #if defined(HIERKERNELS_X86)
-  switch (active_isa()) {
-    case Isa::kAmx:
-    case Isa::kAvx512:
-      return avx512::select_blocks(p);
-    case Isa::kAvx2:
-      return avx2::select_blocks(p);
-    default:
-      break;
-  }
+  if (active_isa() >= Isa::kAvx512) return avx512::select_blocks(p);
+  if (active_isa() >= Isa::kAvx2) return avx2::select_blocks(p);
 #endif
   generic::select_blocks(p);
 }

@@ -56,8 +56,12 @@ class Select {
       // The last part of a head first: with a causal range it is the longest.
 #pragma omp for schedule(dynamic, at_once)
       for (int64_t t = 0; t < tasks; ++t) {
-        const int64_t head = t / parts;
-        task(w, head / p_.heads, head % p_.heads, (parts - 1 - t % parts) * kQueries);
+        const Task now = task_at(t, parts);
+        int64_t next = t + 1;
+        if (next % at_once == 0) next += (omp_get_num_threads() - 1) * at_once;  // if the threads keep step
+        next < tasks ? aim(w, task_at(next, parts)) : w.next.aim_at_nothing();
+        task(w, now.batch, now.head, now.first);
+        w.next.ask_rest();
       }
     }
   }
@@ -69,6 +73,7 @@ class Select {
     F *maximum, *sum;            // of the logits' softmax
     Index *visible, *end, *own;  // of each query: the windows and the blocks below which it sees, and its block
     int queries;
+    NextInputs next;  // the queries of the next task
 
     Work(const Select& s, char* scratch)
         : q(at<F>(scratch, s.q_at_)),
@@ -97,6 +102,20 @@ class Select {
     }
     TopBlocks<F> list(int lane, int n) const { return {scores + lane, blocks + lane, kQueries, n}; }
   };
+
+  struct Task {
+    int64_t batch, head, first;
+  };
+  Task task_at(int64_t t, int64_t parts) const {
+    const int64_t head = t / parts;
+    return {head / p_.heads, head % p_.heads, (parts - 1 - t % parts) * kQueries};
+  }
+  void aim(Work& w, const Task& task) const {
+    const Rows rows = rows_of(p_.q, storage_, task.batch, task.head, p_.merged);
+    const int64_t left = p_.n_queries() - task.first, bytes = storage_.bytes;
+    w.next.aim(rows.data + task.first * rows.token_stride * bytes, rows.head_stride * bytes, rows.token_stride * bytes,
+               p_.merged, left < kQueries ? left : kQueries, dim_ * bytes);
+  }
 
   bool probability() const { return static_cast<bool>(p_.lse); }
   // The first window that overlaps block j but none before it.
@@ -127,13 +146,26 @@ class Select {
   }
 
   void set_queries(Work& w, int64_t first) const {
+    fill(p_.visible, first, p_.n_windows(), w.queries, w.visible);
+    fill(p_.candidates, first, p_.num_blocks, w.queries, w.end);
+    fill({p_.query_offset, p_.block_size, 1, 0, 0}, first, INT64_MAX, w.queries, w.own);
     for (int lane = 0; lane < kQueries; ++lane) {
-      const int64_t i = first + (lane < w.queries ? lane : w.queries - 1);
-      w.visible[lane] = static_cast<Index>(p_.visible.at(i, p_.n_windows()));
-      w.end[lane] = static_cast<Index>(p_.candidates.at(i, p_.num_blocks));
-      w.own[lane] = static_cast<Index>((i + p_.query_offset) / p_.block_size);
       w.maximum[lane] = F(-1000);  // the logit of no block
       w.sum[lane] = F(1);
+    }
+  }
+
+  // s.at(first + lane), with one division; lanes beyond the queries repeat the last.
+  static void fill(const Staircase& s, int64_t first, int64_t most, int queries, Index* to) {
+    int64_t steps = (first + s.shift) / s.step, rest = (first + s.shift) % s.step;
+    for (int lane = 0; lane < kQueries; ++lane) {
+      int64_t x = steps * s.rise + s.offset;
+      if (x < s.floor) x = s.floor;
+      to[lane] = lane < queries ? static_cast<Index>(x < most ? x : most) : to[lane - 1];
+      if (++rest == s.step) {
+        rest = 0;
+        ++steps;
+      }
     }
   }
 
@@ -181,7 +213,7 @@ class Select {
                            {k + x * k_stride, k_stride, w.q + h * dim_ * kQueries + lane * dim_, kPanel<F>, dim_, scale,
                             probability() ? w.lse + h * kQueries + lane : nullptr,
                             w.windows + row(begin + x, j) * kQueries + lane, kQueries, h > 0, begin + x,
-                            edge ? w.visible + lane : nullptr});
+                            edge ? w.visible + lane : nullptr, w.next.take(dim_, k)});
         });
     }
   }
@@ -240,10 +272,17 @@ class Select {
 
   // Offers the blocks [first, tile_end) to the lists of a vector of queries.
   void offer(Work& w, int lane, int64_t first, int64_t tile_end, bool scored) const {
+    if (tile_end > w.end[last_lane(w, lane)]) tile_end = w.end[last_lane(w, lane)];
+    with_list<F>(w.list(lane, n_), [&](auto& list) {
+      list.load_lists();
+      offer_to(list, w, lane, first, tile_end, scored);
+      list.store_lists();
+    });
+  }
+  template <class List>
+  HK_INLINE void offer_to(List& list, const Work& w, int lane, int64_t first, int64_t tile_end, bool scored) const {
     const int last = last_lane(w, lane);
-    if (tile_end > w.end[last]) tile_end = w.end[last];
     const Plain plain = plain_blocks(w, lane);
-    const TopBlocks<F> list = w.list(lane, n_);
     const Vec<F> infinity = set1(static_cast<F>(__builtin_inff()));
     Vec<F> threshold = list.last();
     for (int64_t j = first; j < tile_end; ++j) {

@@ -55,6 +55,9 @@ struct TopBlocks {
   int64_t stride;
   int n;
 
+  void load_lists() const {}
+  void store_lists() const {}
+
   void clear() const {
     for (int k = 0; k < n; ++k) {
       store(scores + k * stride, set1(-static_cast<F>(__builtin_inff())));
@@ -111,6 +114,63 @@ struct TopBlocks {
     store_lanes<F>(blocks + second * stride, bit_cast<Mask<F>>(a < b ? b : a));
   }
 };
+
+// Short lists, in registers between load_lists() and store_lists().
+template <class F, int kMost>
+class ShortTopBlocks {
+ public:
+  explicit ShortTopBlocks(const TopBlocks<F>& list) : list_(list) {}
+
+  HK_INLINE void load_lists() {
+#pragma GCC unroll 8
+    for (int k = 0; k < kMost; ++k) {
+      const bool has = k < list_.n;
+      scores_[k] = has ? load(list_.scores + k * list_.stride) : set1(-static_cast<F>(__builtin_inff()));
+      blocks_[k] = has ? load_lanes<F>(list_.blocks + k * list_.stride) : set1_lanes<F>(-1);
+    }
+  }
+  HK_INLINE void store_lists() const {
+#pragma GCC unroll 8
+    for (int k = 0; k < kMost; ++k)
+      if (k < list_.n) {
+        store(list_.scores + k * list_.stride, scores_[k]);
+        store_lanes<F>(list_.blocks + k * list_.stride, blocks_[k]);
+      }
+  }
+  HK_INLINE Vec<F> last() const { return scores_[kMost - 1]; }
+  HK_INLINE void insert(Vec<F> score, int64_t block) {
+    const Mask<F> index = set1_lanes<F>(block);
+    Mask<F> beats = score > scores_[kMost - 1];
+#pragma GCC unroll 8
+    for (int k = kMost - 1; k > 0; --k) {
+      const Mask<F> beats_above = score > scores_[k - 1];
+      blocks_[k] = select(beats_above, blocks_[k - 1], select(beats, index, blocks_[k]));
+      scores_[k] = max(scores_[k], min(score, scores_[k - 1]));
+      beats = beats_above;
+    }
+    blocks_[0] = select(beats, index, blocks_[0]);
+    scores_[0] = max(scores_[0], score);
+  }
+
+ private:
+  const TopBlocks<F>& list_;
+  Vec<F> scores_[kMost];
+  Mask<F> blocks_[kMost];
+};
+
+// body(list) with the list of `list` kept where insertions are fastest.
+template <class F, class Body>
+HK_INLINE void with_list(const TopBlocks<F>& list, Body body) {
+  if (list.n <= 4) {
+    ShortTopBlocks<F, 4> lists(list);
+    body(lists);
+  } else if (list.n <= 8) {
+    ShortTopBlocks<F, 8> lists(list);
+    body(lists);
+  } else {
+    body(list);
+  }
+}
 
 }  // namespace
 }  // namespace HK_ISA

@@ -23,13 +23,14 @@ struct WindowProduct {
   bool adds;
   int64_t first;
   const typename Simd<F>::Signed* visible;  // the end of the windows that a query sees; null: all see these rows
+  Lines ask;  // in turn t of the loop, the line at `at` + t * step
 };
 
 template <class F, bool kProbability, int R, int C>
 __attribute__((noinline)) void score_windows_block(const WindowProduct<F>& p) {
   constexpr int W = kWidth<F>;
   Vec<F> sum[R][C];
-  sum_block<F, false, R, C>(p.k, p.k_stride, p.q, p.q_stride, p.dim, nothing_to_ask(p.q), sum);
+  sum_block<F, false, R, C>(p.k, p.k_stride, p.q, p.q_stride, p.dim, p.ask, sum);
   const Vec<F> scale = set1(p.scale);
   if constexpr (!kProbability) {
 #pragma GCC unroll 16

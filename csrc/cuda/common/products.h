@@ -3,6 +3,7 @@
 // 16-bit numbers are multiplied by mma.m16n8k16. Of float32 each number is split into two of tf32, and three
 // products of these keep its 22 upper bits; each step's sum is added in float32, as tensor cores cut sums off.
 #pragma once
+#include "../../common/anywhere.h"
 #include "ptx.h"
 
 namespace hierkernels::cuda {
@@ -11,7 +12,7 @@ namespace hierkernels::cuda {
 template <class T, int kColumns>
 struct Tile {
   static constexpr int kStride = kColumns * static_cast<int>(sizeof(T)) + 16;  // bytes
-  static constexpr int bytes(int rows) { return rows * kStride; }
+  HIERKERNELS_ANYWHERE static constexpr int bytes(int rows) { return rows * kStride; }
 };
 
 constexpr int kStepBytes = 32;  // of a row that one product takes: 16 16-bit numbers, 8 float32

@@ -1,10 +1,70 @@
-"""Attention in CUDA C++: not there yet, so this backend refuses and says so."""
+"""Attention in CUDA C++: the compiled key-range kernels of csrc/cuda/attention."""
 
 from __future__ import annotations
 
+import torch
+
+from hierkernels.cuda_core import core, device_reasons, on_device_of, stream_of
 from hierkernels.ops.attention.call import AttentionCall
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_DIM = 256
+MAX_LENGTH = 2**31 - 2**16  # rows and keys are 32-bit integers, up to a tile beyond the last
+_MIN_TILE = 16  # rows or keys; there are at most 2**31 - 1 blocks
 
 
 def supports(call: AttentionCall) -> list[str]:
-    """Always a reason: the CUDA core has no attention kernel."""
-    return ["the CUDA C++ core has no attention kernel; backend='triton' computes it on GPUs"]
+    """Why the CUDA kernels cannot compute this call; empty if they can."""
+    reasons = device_reasons("q", call.q)
+    if call.q.dtype not in _DTYPES:
+        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16")
+    for name, t in (("q", call.q), ("v", call.v)):
+        if t.shape[-1] > MAX_DIM:
+            reasons.append(f"{name} has {t.shape[-1]} channels, at most {MAX_DIM} are supported")
+    B, _, Nq, _ = call.q.shape
+    _, Hkv, Nk, _ = call.k.shape
+    for n, name in ((Nq * call.group, "queries of a key/value head"), (Nk, "keys")):
+        if n > MAX_LENGTH:
+            reasons.append(f"{n} {name}, at most {MAX_LENGTH} are supported")
+    if B * Hkv * (max(Nq * call.group, Nk) // _MIN_TILE + 1) >= 2**31:
+        reasons.append("more tiles than a launch can have")
+    return reasons
+
+
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse)."""
+    out, lse = call.new_outputs()
+    if out.numel() == 0 or call.k.shape[2] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    with on_device_of(call.q):
+        core().cuda_attention_forward(*call.arguments(), out, lse, stream_of(call.q))
+    return out, lse
+
+
+def backward(
+    call: AttentionCall,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    bias_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dq, dk, dv, dbias or None)."""
+    dq, dk, dv = call.new_gradients()
+    bias = call.bias if bias_grad else None
+    if out.numel() == 0 or call.k.shape[2] == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), None if bias is None else torch.zeros_like(bias)
+    dlse = None if dlse is None else dlse.float().contiguous()
+    delta = torch.empty_like(lse)
+    parts = None
+    if bias is not None:
+        slices = core().cuda_attention_bias_slices(*call.arguments())
+        parts = lse.new_empty(slices, bias.numel())
+    with on_device_of(call.q):
+        core().cuda_attention_backward(
+            *call.arguments(), out, lse, dout, dlse, dq, dk, dv, parts, delta, stream_of(call.q)
+        )
+    dbias = None
+    if bias is not None and parts is not None:
+        dbias = (parts[0] if len(parts) == 1 else parts.sum(0)).view(bias.shape)
+    return dq, dk, dv, dbias

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 
-from hierkernels.cuda_core import core, device_reasons, stream_of
+from hierkernels.cuda_core import core, device_reasons, on_device_of, stream_of
 from hierkernels.ops.causal_sgu.call import ACTIVATIONS, SguCall, fold_bias, new_like
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,11 +38,6 @@ def supports(call: SguCall) -> list[str]:
     return reasons
 
 
-def _device(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the current device."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
 def _problem(call: SguCall) -> tuple:
     return (
         call.residual, call.gate, call.weight, call.bias, call.gate_residual, call.window,
@@ -55,7 +49,7 @@ def forward(call: SguCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, preactivation)."""
     out, z = call.new_outputs(keep)
     if out.numel():
-        with _device(call.gate):
+        with on_device_of(call.gate):
             core().cuda_sgu_forward(*_problem(call), out, z if keep else None, stream_of(call.gate))
     return out, z
 
@@ -77,7 +71,7 @@ def backward(
         splits = core().cuda_sgu_weight_splits(*_problem(call))
         dtype = dweight.dtype if splits == 1 else torch.float32
         parts = dweight.new_empty((splits, *dweight.shape), dtype=dtype)
-    with _device(call.gate):
+    with on_device_of(call.gate):
         core().cuda_sgu_backward(
             *_problem(call), preactivation, dout, dresidual, dgate, parts, sums, dmix,
             stream_of(call.gate),

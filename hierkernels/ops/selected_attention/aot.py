@@ -78,7 +78,8 @@ def plan(case: Case, arch: int) -> list[Launch]:
     indices = empty(1, heads, queries, case.named, dtype=torch.int32)
     call = make_call(
         empty(1, case.heads, queries, case.channels),
-        *(empty(1, case.kv_heads, case.tokens, case.channels) for _ in "kv"),
+        empty(1, case.kv_heads, case.tokens, case.channels),
+        empty(1, case.kv_heads, case.tokens, case.channels),
         indices, block_size=case.block_size, include_own_block=case.own,
         block_weights=empty(*indices.shape) if case.weights else None,
     )  # fmt: skip

@@ -58,9 +58,9 @@ def draw_indices(
     named[named == J] = -1
     if pattern == "holes":
         named[torch.rand(shape, generator=generator) < 0.3] = -1
-        named[..., 0] = named[..., -1] = -1
+        named[..., :1] = named[..., -1:] = -1
     elif pattern == "future":
-        named[..., 0] = torch.where(own[:, 0] + 1 < J, own[:, 0] + 1, named[..., 0])
+        named[..., :1] = torch.where(own + 1 < J, own + 1, named[..., :1])
     elif pattern != "sparse":
         raise ValueError(f"unknown pattern {pattern!r}")
     return named

@@ -265,7 +265,7 @@ def _selected_attention_backward_dkv_kernel(
         dv = dot(rounded(p, do.dtype, PRECISION), do, dv, PRECISION)
         ds = p * (dp - delta[None, :])
         if WEIGHTED:
-            ds = ds * weight[None, :]
+            ds = block_scores(ds, weight, 1.0, True, False, True)
         dk = dot(rounded(ds, q.dtype, PRECISION), q, dk, PRECISION)
     dk *= scale
     if whole or not SPLIT:

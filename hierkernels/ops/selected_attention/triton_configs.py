@@ -61,7 +61,7 @@ INTERPRETER = {
     "dkv": Config(32, 16, 4, 1),
 }
 # Rows of queries and heads that are worth a program of dkv.
-LEAST_ROWS = {"interpreter": 64}
+LEAST_ROWS = {"interpreter": 32}
 _LEAST_ROWS = 1024
 
 

@@ -45,13 +45,13 @@ def invert(
     """
     B, heads, Nq, columns = lists.shape
     pairs, entries = B * kv_heads, heads // kv_heads * Nq * columns
-    number = {"dtype": torch.int32, "device": lists.device}
-    wide = number if pairs * blocks < 2**31 - 1 else {**number, "dtype": torch.int64}
-    pair = torch.arange(pairs, **wide).view(B, kv_heads, 1) * blocks
+    wide = torch.int32 if pairs * blocks < 2**31 - 1 else torch.int64
+    number = torch.arange(pairs * blocks + 1, dtype=wide, device=lists.device)
+    pair = number[:pairs].view(B, kv_heads, 1) * blocks
     by_pair = lists.view(B, kv_heads, -1)
     key = torch.where(by_pair >= 0, by_pair + pair, pairs * blocks).flatten()
     ordered, order = key.sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(pairs * blocks + 1, **wide), out_int32=True)
+    starts = torch.searchsorted(ordered, number, out_int32=True)
     sorted_weights = None if weights is None else weights.flatten()[order]
 
     chunk = max(-(-_CHUNK * entries // blocks), least_chunk)

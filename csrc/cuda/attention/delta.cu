@@ -1,7 +1,7 @@
 // delta = rowsum(out * dout) - dlse, one warp for each row.
-#include "common/launch.h"
-#include "common/ptx.h"
-#include "operators.h"
+#include "../common/launch.h"
+#include "../common/ptx.h"
+#include "kernels.h"
 
 namespace hierkernels::cuda {
 namespace {
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock) attention_delta_kernel(c
 
 }  // namespace
 
-void attention_delta(const Tensor& out, const Tensor& dout, const Tensor& dlse, const Tensor& delta, void* stream) {
+void run_attention_delta(const Tensor& out, const Tensor& dout, const Tensor& dlse, const Tensor& delta, void* stream) {
   DeltaParams p{out.data, dout.data, dlse.as<float>(), delta.as<float>(), {}, {}, out.size[1], out.size[2],
                 out.size[0] * out.size[1] * out.size[2], static_cast<int>(out.size[3])};
   for (int d = 0; d < 3; ++d) {

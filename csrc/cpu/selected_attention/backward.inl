@@ -1,0 +1,330 @@
+// The backward kernel, in one pass over the blocks of keys: the rows of a block are the queries that visit it, out of
+// an inverse index. dK and dV of a block are sums over its rows, and dQ is summed row by row while blocks follow one
+// another. So scores and dP are computed once, where separate passes for dQ and for dK and dV would compute them twice.
+//
+// A task is a (batch, kv head) and a range of its queries. It owns their dQ and their gradients of the weights; the dK
+// and dV of the ranges of one head are added in order. So no sum depends on the order in which threads run, and a
+// block that every query visits is shared by as many tasks as there are ranges.
+#pragma once
+#include <omp.h>
+
+#include <new>
+
+#include "../attention/softmax.h"
+#include "../attention/storage.h"
+#include "../scratch.h"
+#include "backward_rows.h"
+#include "inverse_index.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+template <class F>
+class SelectedBackward {
+  static constexpr int W = kWidth<F>;
+
+ public:
+  SelectedBackward(const SelectedParams& p, const Storage<F>& storage)
+      : p_(p),
+        storage_(storage),
+        dim_(static_cast<int>(p.dim())),
+        dim_v_(static_cast<int>(p.dim_v())),
+        padded_(round_up(dim_, W)),
+        padded_v_(round_up(dim_v_, W)) {
+    keys_ = static_cast<int>(p.block_size < kSelectedKeys ? p.block_size : kSelectedKeys);
+    stride_ = round_up(keys_, W) + W;
+    k_in_place_ = storage.native && dim_ == padded_;
+    plan(omp_get_max_threads());
+
+    const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
+    const int64_t whole_keys = round_up(keys_, W);
+    rows_at_ = layout_.add(sizeof(GatheredRows<F>));
+    scores_at_ = part(kGatheredRows * stride_);
+    dp_at_ = part(kGatheredRows * stride_);
+    q_at_ = part(kGatheredRows * padded_);
+    dout_at_ = part(kGatheredRows * padded_v_);
+    dq_tile_at_ = part(kGatheredRows * padded_);
+    k_tiles_at_ = part(whole_keys * dim_);
+    v_tiles_at_ = part(whole_keys * dim_v_);
+    k_at_ = part(k_in_place_ ? 0 : whole_keys * padded_);
+    dk_at_ = part(chunks_ > 1 || splits_ > 1 ? 0 : whole_keys * padded_);
+    dv_at_ = part(chunks_ > 1 || splits_ > 1 ? 0 : whole_keys * padded_v_);
+    sums_at_ = part(chunks_ > 1 && splits_ == 1 ? sums_size() : 0);
+    const int64_t chunk_rows = chunk_ * p.group();
+    for (size_t* at : {&lse_at_, &lse_low_at_, &delta_at_}) *at = part(chunk_rows);
+    dq_at_ = part(storage.native ? 0 : chunk_rows * padded_);
+    seen_at_ = layout_.add(static_cast<size_t>(p.blocks()) * sizeof(int32_t));
+    begins_at_ = layout_.add(static_cast<size_t>(InverseIndex::begins_size(p)) * sizeof(int64_t));
+    visitors_at_ = layout_.add(static_cast<size_t>(InverseIndex::visitors_size(p, chunk_)) * sizeof(Visitor));
+  }
+
+  void run() {
+    const int64_t pairs = p_.batch() * p_.kv_heads(), tasks = pairs * splits_;
+    if (pairs == 0) return;
+    F* partial = nullptr;
+    if (splits_ > 1)
+      partial = reinterpret_cast<F*>(
+          thread_scratch(ScratchUse::kShared, static_cast<size_t>(tasks * sums_size()) * sizeof(F)));
+#pragma omp parallel
+    {
+      Work w(*this, thread_scratch(ScratchUse::kTask, layout_.total()));
+#pragma omp for schedule(dynamic)
+      for (int64_t t = 0; t < tasks; ++t) {
+        w.b = t / splits_ / p_.kv_heads();
+        w.kv_head = t / splits_ % p_.kv_heads();
+        if (splits_ > 1) w.sums = partial + t * sums_size();
+        task(w, t % splits_);
+      }
+      if (splits_ > 1) add_partial(partial, pairs);
+    }
+  }
+
+ private:
+  // What a thread works with.
+  struct Work {
+    GatheredRows<F>& rows;
+    F *scores, *dp, *q, *dout, *dq_tile, *k_tiles, *v_tiles, *k, *dk, *dv, *sums, *lse, *lse_low, *delta, *dq;
+    VisitWalker walker;
+    InverseIndex index;
+    int64_t b = 0, kv_head = 0, first_query = 0;
+
+    Work(const SelectedBackward& f, char* scratch)
+        : rows(*new (scratch + f.rows_at_) GatheredRows<F>),
+          scores(at(scratch, f.scores_at_)),
+          dp(at(scratch, f.dp_at_)),
+          q(at(scratch, f.q_at_)),
+          dout(at(scratch, f.dout_at_)),
+          dq_tile(at(scratch, f.dq_tile_at_)),
+          k_tiles(at(scratch, f.k_tiles_at_)),
+          v_tiles(at(scratch, f.v_tiles_at_)),
+          k(at(scratch, f.k_at_)),
+          dk(at(scratch, f.dk_at_)),
+          dv(at(scratch, f.dv_at_)),
+          sums(at(scratch, f.sums_at_)),
+          lse(at(scratch, f.lse_at_)),
+          lse_low(at(scratch, f.lse_low_at_)),
+          delta(at(scratch, f.delta_at_)),
+          dq(at(scratch, f.dq_at_)),
+          walker(f.p_, reinterpret_cast<int32_t*>(scratch + f.seen_at_)),
+          index(f.p_, reinterpret_cast<int64_t*>(scratch + f.begins_at_),
+                reinterpret_cast<Visitor*>(scratch + f.visitors_at_)) {}
+    static F* at(char* scratch, size_t offset) { return reinterpret_cast<F*>(scratch + offset); }
+  };
+
+  // Ranges of queries for the tasks of a head, and chunks of a range, whose dQ is in scratch at the same time.
+  void plan(int64_t threads) {
+    constexpr int64_t kPartialBudget = int64_t{512} << 20, kChunkBudget = int64_t{4} << 20, kLeastQueries = 64;
+    const int64_t pairs = p_.batch() * p_.kv_heads(), queries = p_.n_queries();
+    splits_ = 1;
+    if (pairs > 0 && pairs < 4 * threads) {
+      while (splits_ < threads && pairs * splits_ % threads != 0) ++splits_;
+      if (splits_ > queries / kLeastQueries) splits_ = queries / kLeastQueries;
+      while (splits_ > 1 && pairs * splits_ * sums_size() * static_cast<int64_t>(sizeof(F)) > kPartialBudget) --splits_;
+      if (splits_ < 1) splits_ = 1;
+    }
+    const int64_t range = (queries + splits_ - 1) / splits_;
+    chunk_ = range;
+    if (!storage_.native) {
+      const int64_t fit = kChunkBudget / (p_.group() * padded_ * static_cast<int64_t>(sizeof(F)));
+      if (fit < chunk_) chunk_ = fit < kLeastQueries ? kLeastQueries : fit;
+    }
+    chunks_ = chunk_ > 0 ? (range + chunk_ - 1) / chunk_ : 1;
+  }
+
+  int64_t sums_size() const { return p_.n_keys() * (padded_ + padded_v_); }
+  int64_t first_query(int64_t split) const { return p_.n_queries() * split / splits_; }
+
+  void task(Work& w, int64_t split) const {
+    const bool direct = chunks_ == 1 && splits_ == 1;
+    if (!direct) memset(w.sums, 0, static_cast<size_t>(sums_size()) * sizeof(F));
+    const int64_t end = first_query(split + 1);
+    int64_t i = first_query(split);
+    do {
+      const int64_t left = end - i, queries = left < chunk_ ? left : chunk_;
+      start_chunk(w, i, queries);
+      for (int64_t block = 0; block < p_.blocks(); ++block) {
+        if (w.index.count(block) == 0 && !direct) continue;
+        const int64_t key = block * p_.block_size, size = p_.n_keys() - key;
+        const int64_t block_end = key + (size < p_.block_size ? size : p_.block_size);
+        for (int64_t from = key; from < block_end; from += keys_)
+          key_tile(w, block, from, static_cast<int>(block_end - from < keys_ ? block_end - from : keys_), direct);
+      }
+      if (!storage_.native) {
+        const F one = F(1);
+        storage_.store(rows_of(p_.dq, storage_, w.b, w.kv_head, p_.group()), i * p_.group(),
+                       static_cast<int>(queries * p_.group()), dim_, w.dq, padded_, &one, 0, false);
+      }
+      i += queries;
+    } while (i < end);
+    if (!direct && splits_ == 1) store_keys(w.b, w.kv_head, 0, p_.n_keys(), w.sums, w.sums + p_.n_keys() * padded_);
+  }
+
+  // The inverse index of the queries [first, first + queries), what their rows need, and zeros where they add.
+  void start_chunk(Work& w, int64_t first, int64_t queries) const {
+    const int64_t group = p_.group(), choices = p_.choices(), n_queries = p_.n_queries();
+    w.first_query = first;
+    w.index.build(w.walker, w.b, w.kv_head, first, queries);
+    const Rows out = rows_of(p_.out, storage_, w.b, w.kv_head, group);
+    const Rows dout = rows_of(p_.dout, storage_, w.b, w.kv_head, group);
+    storage_.dot(out, dout, first * group, static_cast<int>(queries * group), dim_v_, w.delta);
+    const int64_t at = (w.b * p_.heads() + w.kv_head * group) * n_queries;
+    const F infinite = static_cast<F>(__builtin_inff());
+    for (int64_t h = 0; h < group; ++h)
+      for (int64_t i = 0; i < queries; ++i) {
+        const int64_t r = i * group + h, from = at + h * n_queries + first + i;
+        const F x = p_.lse.as<F>()[from];
+        w.lse[r] = infinite;  // of a row that sees nothing
+        w.lse_low[r] = F(0);
+        if (x != -infinite) split_lse(x, w.lse[r], w.lse_low[r]);
+        if (p_.dlse) w.delta[r] -= p_.dlse.as<F>()[from];
+      }
+    if (storage_.native) {
+      const Rows dq = rows_of(p_.dq, storage_, w.b, w.kv_head, group);
+      RowCursor cursor(dq, first * group);
+      for (int64_t r = 0; r < queries * group; ++r, cursor.next())
+        memset(dq.data + cursor.offset() * static_cast<int64_t>(sizeof(F)), 0, static_cast<size_t>(dim_) * sizeof(F));
+    } else {
+      memset(w.dq, 0, static_cast<size_t>(queries * group * padded_) * sizeof(F));
+    }
+    if (p_.dweights)
+      for (int64_t c = 0; c < choices; ++c)
+        memset(p_.dweights.as<F>() + p_.dweights.stride[0] * w.b + p_.dweights.stride[1] * (w.kv_head * choices + c) +
+                   p_.dweights.stride[2] * first,
+               0, static_cast<size_t>(queries * p_.named()) * sizeof(F));
+  }
+
+  // Keys [key, key + keys) of a block and all rows that visit it.
+  void key_tile(Work& w, int64_t block, int64_t key, int keys, bool direct) const {
+    const int64_t heads = p_.group() / p_.choices(), rows = w.index.count(block) * heads;
+    Target<F> dk = {w.dk, padded_, Update::kStore}, dv = {w.dv, padded_v_, Update::kStore};
+    if (!direct) {
+      dk = {w.sums + key * padded_, padded_, Update::kAdd};
+      dv = {w.sums + p_.n_keys() * padded_ + key * padded_v_, padded_v_, Update::kAdd};
+    } else if (rows == 0) {
+      clear(w.dk, 0, keys * padded_);
+      clear(w.dv, 0, keys * padded_v_);
+    }
+    if (rows > 0) {
+      const Rows k_rows = rows_of(p_.k, storage_, w.b, w.kv_head, 1), v_rows = rows_of(p_.v, storage_, w.b, w.kv_head, 1);
+      storage_.transpose(k_rows, key, keys, dim_, static_cast<F>(p_.scale * kLog2E), w.k_tiles, W);
+      storage_.transpose(v_rows, key, keys, dim_v_, F(1), w.v_tiles, W);
+      const F* k = w.k;
+      int64_t k_stride = padded_;
+      if (k_in_place_) {
+        k = reinterpret_cast<const F*>(k_rows.data) + key * k_rows.token_stride;
+        k_stride = k_rows.token_stride;
+      } else {
+        storage_.load(k_rows, key, keys, dim_, w.k, padded_);
+      }
+      const Visitor* visitors = w.index.visitors(block);
+      for (int64_t r = 0; r < rows; r += kGatheredRows, dk.update = dv.update = Update::kAdd)
+        row_tile(w, visitors, r, static_cast<int>(rows - r < kGatheredRows ? rows - r : kGatheredRows), key, keys, k,
+                 k_stride, dk, dv);
+    }
+    if (direct) store_keys(w.b, w.kv_head, key, keys, w.dk, w.dv);
+  }
+
+  // Rows [first, first + n) of those that visit a block: row r is head r % heads of visitor r / heads.
+  void row_tile(Work& w, const Visitor* visitors, int64_t first, int n, int64_t key, int keys, const F* k,
+                int64_t k_stride, const Target<F>& dk, const Target<F>& dv) const {
+    gather(w, visitors, first, n, key, keys);
+    multiply_block_keys(n, w.q, padded_, w.k_tiles, keys, dim_, w.scores, stride_);
+    multiply_block_keys(n, w.dout, padded_v_, w.v_tiles, keys, dim_v_, w.dp, stride_);
+    gradient_rows(w.rows, n, keys, p_.weights.data != nullptr, static_cast<F>(p_.scale), w.scores, w.dp, stride_);
+    sum_over_rows(n, w.scores, stride_, keys, w.dout, padded_v_, dv);
+    sum_over_rows(n, w.dp, stride_, keys, w.q, padded_, dk);
+    sum_over_keys(n, w.dp, stride_, keys, k, k_stride, padded_, w.dq_tile);
+    for (int r = 0; r < n; ++r) {
+      F* dq = w.rows.dq[r];
+      const F* x = w.dq_tile + r * padded_;
+      int c = 0;
+      for (; c + W <= dim_; c += W) store(dq + c, load(dq + c) + load(x + c));
+      if (c < dim_) store(dq + c, load(dq + c, dim_ - c) + load(x + c), dim_ - c);
+    }
+    if (p_.dweights)
+      for (int r = 0; r < n; ++r)
+        if (w.rows.dweight[r]) *w.rows.dweight[r] += w.rows.weight_sum[r];
+  }
+
+  void gather(Work& w, const Visitor* visitors, int64_t first, int n, int64_t key, int keys) const {
+    const int64_t group = p_.group(), choices = p_.choices(), heads = group / choices;
+    const Rows q_rows = rows_of(p_.q, storage_, w.b, w.kv_head, group);
+    const Rows dout_rows = rows_of(p_.dout, storage_, w.b, w.kv_head, group);
+    const Rows dq_rows = rows_of(p_.dq, storage_, w.b, w.kv_head, group);
+    GatheredRows<F>& rows = w.rows;
+    const Visitor* visitor = visitors + first / heads;
+    int64_t skip = first % heads;  // heads that the tile before took
+    for (int r = 0; r < n; ++visitor, skip = 0) {
+      const int64_t i = visitor->item / choices, c = visitor->item % choices, head = c * heads + skip;
+      const int count = static_cast<int>(heads - skip < n - r ? heads - skip : n - r);
+      const int64_t query = w.first_query + i, row = query * group + head;
+      storage_.load(q_rows, row, count, dim_, w.q + r * padded_, padded_);
+      storage_.load(dout_rows, row, count, dim_v_, w.dout + r * padded_v_, padded_v_);
+      const int64_t seen = p_.is_causal ? p_.position(query) - key + 1 : keys;
+      const int64_t choice = w.kv_head * choices + c;
+      const F weight = weight_of<F>(p_, w.b, choice, query, visitor->slot);
+      F* dweight = nullptr;
+      if (p_.dweights && visitor->slot < p_.named()) {
+        const Tensor& t = p_.dweights;
+        dweight = t.as<F>() + w.b * t.stride[0] + choice * t.stride[1] + query * t.stride[2] + visitor->slot;
+      }
+      for (int h = 0; h < count; ++h, ++r) {
+        const int64_t at = i * group + head + h;
+        rows.to[r] = seen < 0 ? 0 : seen < keys ? static_cast<int>(seen) : keys;
+        rows.lse[r] = w.lse[at];
+        rows.lse_low[r] = w.lse_low[at];
+        rows.delta[r] = w.delta[at];
+        rows.weight[r] = weight;
+        rows.dweight[r] = dweight;
+        rows.dq[r] = storage_.native
+                         ? reinterpret_cast<F*>(dq_rows.data) + query * dq_rows.token_stride + (head + h) * dq_rows.head_stride
+                         : w.dq + at * padded_;
+      }
+    }
+  }
+
+  void store_keys(int64_t b, int64_t kv_head, int64_t key, int64_t keys, const F* dk, const F* dv) const {
+    const F one = F(1);
+    const int n = static_cast<int>(keys);
+    storage_.store(rows_of(p_.dk, storage_, b, kv_head, 1), key, n, dim_, dk, padded_, &one, 0, false);
+    storage_.store(rows_of(p_.dv, storage_, b, kv_head, 1), key, n, dim_v_, dv, padded_v_, &one, 0, false);
+  }
+
+  // In a parallel region: the partial dK and dV of the ranges, in order.
+  void add_partial(F* partial, int64_t pairs) const {
+    constexpr int64_t kPart = 256;  // keys
+    const int64_t parts = (p_.n_keys() + kPart - 1) / kPart;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < pairs * parts; ++t) {
+      const int64_t pair = t / parts, key = t % parts * kPart;
+      const int64_t keys = p_.n_keys() - key < kPart ? p_.n_keys() - key : kPart;
+      F* const sums = partial + pair * splits_ * sums_size();
+      F* const dk = sums + key * padded_;
+      F* const dv = sums + p_.n_keys() * padded_ + key * padded_v_;
+      for (int64_t s = 1; s < splits_; ++s) {
+        add(dk, dk + s * sums_size(), keys * padded_);
+        add(dv, dv + s * sums_size(), keys * padded_v_);
+      }
+      store_keys(pair / p_.kv_heads(), pair % p_.kv_heads(), key, keys, dk, dv);
+    }
+  }
+  static void add(F* to, const F* x, int64_t count) {
+    for (int64_t j = 0; j < count; j += W) store(to + j, load(to + j) + load(x + j));
+  }
+
+  const SelectedParams& p_;
+  const Storage<F>& storage_;
+  int dim_, dim_v_, padded_, padded_v_;
+  int keys_;        // of a tile, at most
+  int64_t stride_;  // of rows of scores
+  bool k_in_place_;
+  int64_t splits_, chunk_, chunks_;  // ranges; queries of a chunk at most; chunks of a range
+  ScratchLayout layout_;
+  size_t rows_at_, scores_at_, dp_at_, q_at_, dout_at_, dq_tile_at_, k_tiles_at_, v_tiles_at_, k_at_, dk_at_, dv_at_, sums_at_,
+      lse_at_, lse_low_at_, delta_at_, dq_at_, seen_at_, begins_at_, visitors_at_;
+};
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

@@ -1,0 +1,97 @@
+// A tile of the backward: rows gathered from the queries that visit a block, and the keys of the block.
+#pragma once
+#include "../attention/softmax.h"
+#include "gathered_products.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// Rows of a tile: two operands of the products over rows then fit the first-level cache. And keys at most.
+constexpr int kGatheredRows = 128, kSelectedKeys = 128;
+
+template <class F>
+struct GatheredRows {
+  int to[kGatheredRows];  // keys of the tile that the row sees: the first ones
+  F lse[kGatheredRows], lse_low[kGatheredRows];  // base 2, the sum of both; +inf where the row sees nothing
+  F delta[kGatheredRows];                        // sum of P dP, less dlse
+  F weight[kGatheredRows];                       // of the block
+  F* dweight[kGatheredRows];                     // where its gradient goes, or null
+  F weight_sum[kGatheredRows];                   // what this tile adds to it
+  F* dq[kGatheredRows];
+};
+
+// scores[r * stride + key] = a(row r) . key, for the whole tiles that hold the keys.
+template <class F>
+void multiply_block_keys(int rows, const F* a, int64_t a_stride, const F* tiles, int keys, int dim, F* scores,
+                         int64_t stride) {
+  constexpr int W = kWidth<F>;
+  const F* list[kSelectedKeys / W];
+  const int n_tiles = (keys + W - 1) / W;
+  for (int t = 0; t < n_tiles; ++t) list[t] = tiles + static_cast<int64_t>(t) * W * dim;
+  multiply_tile_list(rows, a, a_stride, list, n_tiles, dim, scores, stride);
+}
+
+// Scores become P, dp becomes scale * dS (with respect to q . k); both 0 where not visible.
+template <class F>
+void gradient_rows(GatheredRows<F>& rows, int n, int keys, bool weighted, F scale, F* scores, F* dp, int64_t stride) {
+  constexpr int W = kWidth<F>;
+  const int end = round_up(keys, W);
+  const Vec<F> zeros = zero<F>();
+  for (int r = 0; r < n; ++r, scores += stride, dp += stride) {
+    const int to = rows.to[r], whole = to / W * W;
+    const Vec<F> lse = set1(rows.lse[r]), low = set1(rows.lse_low[r]), delta = set1(rows.delta[r]);
+    const Vec<F> weight = set1(rows.weight[r]), factor = set1(weighted ? rows.weight[r] * scale : scale);
+    Vec<F> weight_sum = zeros;
+    const auto step = [&](int j, Mask<F> visible) {
+      const Vec<F> raw = load(scores + j);
+      const Vec<F> score = weighted ? raw * weight : raw;
+      // No P is above 1, but scores so large that rounding hides their differences could say so.
+      const Vec<F> p = select(visible, exp2(min(zeros, score - lse - low)), zeros);
+      const Vec<F> ds = select(visible, p * (load(dp + j) - delta), zeros);
+      if (weighted) weight_sum += select(visible, ds * raw, zeros);
+      store(scores + j, p);
+      store(dp + j, ds * factor);
+    };
+    const Mask<F> all = lanes_below<F>(W);
+    for (int j = 0; j < whole; j += W) step(j, all);
+    if (to > whole) step(whole, lanes_below<F>(to - whole));
+    for (int j = round_up(to, W); j < end; j += W) {
+      store(scores + j, zeros);
+      store(dp + j, zeros);
+    }
+    rows.weight_sum[r] = reduce_add(weight_sum) * static_cast<F>(kLn2);
+  }
+}
+
+// out(key) = update(out(key), sum over rows of weights[r * stride + key] * x(row r)).
+template <class F>
+void sum_over_rows(int n, const F* weights, int64_t stride, int keys, const F* x, int64_t x_stride,
+                   const Target<F>& out) {
+  constexpr int W = kWidth<F>;
+  for_each_part(static_cast<int>(x_stride / W), kMaxColumns, [&](int column, int columns) {
+    for_each_part(keys, kMaxRows[columns], [&](int j, int part) {
+      const F* from = x + column * W;
+      multiply<F, true>(part, columns, {weights + j, stride, from, x_stride, n,
+                                        {out.data + j * out.stride + column * W, out.stride, out.update},
+                                        nothing_to_ask(from)});
+    });
+  });
+}
+
+// out(row r) = sum over keys of weights[r * stride + key] * x(key).
+template <class F>
+void sum_over_keys(int n, const F* weights, int64_t stride, int keys, const F* x, int64_t x_stride, int padded, F* out) {
+  constexpr int W = kWidth<F>;
+  for_each_part(padded / W, kMaxColumns, [&](int column, int columns) {
+    for_each_part(n, kMaxRows[columns], [&](int r, int part) {
+      multiply<F, false>(part, columns, {weights + r * stride, stride, x + column * W, x_stride, keys,
+                                         {out + r * padded + column * W, padded, Update::kStore},
+                                         nothing_to_ask(x)});
+    });
+  });
+}
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

@@ -1,0 +1,45 @@
+#include "selected_attention.h"
+
+#include "../isa.h"
+#include "../scratch.h"
+
+namespace hierkernels {
+namespace {
+
+struct Kernels {
+  void (*forward)(const SelectedParams&);
+  void (*backward)(const SelectedParams&);
+};
+
+Kernels kernels_in_use() {
+#if defined(HIERKERNELS_X86)
+  switch (active_isa()) {
+    case Isa::kAmx:
+    case Isa::kAvx512Bf16:
+    case Isa::kAvx512:
+      return {avx512::selected_forward, avx512::selected_backward};
+    case Isa::kAvx2:
+      return {avx2::selected_forward, avx2::selected_backward};
+    default:
+      break;
+  }
+#endif
+  return {generic::selected_forward, generic::selected_backward};
+}
+
+void advise(const Tensor& t) { advise_huge_pages(t.data, static_cast<size_t>(t.span_bytes())); }
+
+}  // namespace
+
+void selected_forward(const SelectedParams& p) {
+  advise(p.out);
+  kernels_in_use().forward(p);
+}
+void selected_backward(const SelectedParams& p) {
+  advise(p.dq);
+  advise(p.dk);
+  advise(p.dv);
+  kernels_in_use().backward(p);
+}
+
+}  // namespace hierkernels

@@ -1,0 +1,53 @@
+// The tiles of the attention kernels: for each type and width of a head, what fits 255 registers a thread and the
+// shared memory of every device from sm_80 on (99 KiB a block).
+#pragma once
+#include "../common/device.h"
+#include "../common/products.h"
+
+namespace hierkernels::cuda {
+
+// Forward and dQ: kWarps x 16 kM rows by kKeys keys, keys and values in two stages.
+template <class T, int kDim>
+struct ForwardShape {
+  static constexpr bool kWide = sizeof(T) == 4;
+  static constexpr int kWarps = kWide && kDim == 256 ? 2 : 4;
+  static constexpr int kM = !kWide && kDim == 64 ? 2 : 1;
+  static constexpr int kKeys = kDim * sizeof(T) >= 1024 ? 16 : kDim * sizeof(T) >= 512 ? 32 : 64;
+  static constexpr int kRows = 16 * kM * kWarps, kThreads = kWarp * kWarps;
+  static constexpr int kShared = Tile<T, kDim>::bytes(kRows + 4 * kKeys);
+  static constexpr int kBlocksPerSM = kDim * sizeof(T) <= 256 ? 2 : 1;
+};
+
+template <class T, int kDim>
+struct QueryGradientShape {
+  static constexpr bool kWide = sizeof(T) == 4;
+  static constexpr int kWarps = kWide && kDim == 256 ? 1 : 4;
+  static constexpr int kM = 1;
+  static constexpr int kKeys = kDim * sizeof(T) >= 512 ? 16 : kDim * sizeof(T) >= 256 ? 32 : 64;
+  static constexpr int kRows = 16 * kM * kWarps, kThreads = kWarp * kWarps;
+  static constexpr int kShared = Tile<T, kDim>::bytes(2 * kRows + 4 * kKeys);
+  static constexpr int kBlocksPerSM = kDim * sizeof(T) <= 256 ? 2 : 1;
+};
+
+// dK and dV: kKeyWarps x 16 keys by kRows rows, rows in two stages. kSplit warps share 16 keys, each with a part of
+// the gradients' columns: they would not fit the registers of one.
+template <class T, int kDim>
+struct KeyGradientShape {
+  static constexpr bool kWide = sizeof(T) == 4;
+  static constexpr int kSplit = kDim == 256 || (kWide && kDim == 128) ? 2 : 1;
+  static constexpr int kKeyWarps = kWide && kDim == 256 ? 1 : kSplit == 2 ? 2 : 4;
+  static constexpr int kKeys = 16 * kKeyWarps, kThreads = kWarp * kKeyWarps * kSplit;
+  static constexpr int kRows = kDim * sizeof(T) >= 512 ? 16 : kDim * sizeof(T) >= 256 ? 32 : 64;
+  static constexpr int kStatistics = 2 * kRows * static_cast<int>(sizeof(float));  // a stage's lse and delta
+  static constexpr int kShared = Tile<T, kDim>::bytes(2 * kKeys + 4 * kRows) + 2 * kStatistics;
+  static constexpr int kBlocksPerSM = kDim * sizeof(T) <= 128 ? 2 : 1;
+};
+
+// The gradient of the bias: 64 rows by 64 keys, the heads in parts of 64 columns.
+template <class T>
+struct BiasGradientShape {
+  static constexpr int kWarps = 4, kRows = 64, kKeys = 64, kPart = 64, kThreads = kWarp * kWarps;
+  static constexpr int kShared = Tile<T, kPart>::bytes(kRows + kKeys);
+};
+
+}  // namespace hierkernels::cuda

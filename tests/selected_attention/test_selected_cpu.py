@@ -1,0 +1,104 @@
+"""The compiled kernels of selected attention against the float64 reference, on each instruction
+set there is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from hierkernels.native import native, native_error
+from hierkernels.ops.selected_attention.spec import ALL_DTYPES, CORRECTNESS, dtype_name
+from hierkernels.ops.selected_attention.testing import (
+    Inputs,
+    check_accuracy,
+    compute,
+    make_inputs,
+    make_standard,
+)
+from hierkernels.testing import Results, Standard, case_ids, poisoned_memory, threads
+
+CORE = native()
+if CORE is None:
+    pytest.skip(f"the compiled core is missing: {native_error()}", allow_module_level=True)
+# The levels above avx512 have no kernel of their own: they take that of avx512.
+LEVELS = ("generic", "avx2", "avx512")
+ISAS: list[str] = [isa for isa in CORE.cpu_isas() if isa in LEVELS]
+CASES = {case.name: case for case in CORRECTNESS}
+
+# All cases run on the best instruction set. The others are the same source at another vector width,
+# so there a case of each kind is enough: tails of vectors, cut blocks, packing, each option.
+OTHER_LEVELS = (
+    "n0", "n1", "n17", "n65", "q7-k200", "q33-k5", "q9-k0", "g1", "g3", "g20", "g128",
+    "g3-per-head-own", "b1", "b3", "b20", "b300", "b5-g16-any", "named-0-own", "named-40-any",
+    "any", "holes", "future", "same-own-g4", "none", "any-full", "weights-twice",
+    "weights-per-head", "d1", "d40", "d40-dv24", "lse-grad", "scale-negative", "logits-x100",
+    "layout-packed", "layout-unaligned", "everything",
+)  # fmt: skip
+CONVERSIONS = (
+    "n17", "q7-k200", "g3", "b3", "b20", "any", "weights-twice", "d40", "d40-dv24", "lse-grad",
+    "layout-unaligned", "everything",
+)  # fmt: skip
+
+
+@functools.cache
+def _standard(name: str, dtype: torch.dtype) -> tuple[Inputs, Standard]:
+    inputs = make_inputs(CASES[name], dtype)
+    return inputs, make_standard(inputs)
+
+
+def _kernels(inputs: Inputs) -> Results:
+    """Results of the cpu backend in memory that held NaN before."""
+    with threads(), poisoned_memory():
+        assert torch.empty(1).isnan().all(), "the memory is not poisoned"
+        return compute(inputs, "cpu")
+
+
+def _level_ids() -> Iterator[tuple[str, str, str, torch.dtype]]:
+    """(id, level, case, dtype) of the instruction sets below the best one.
+
+    The products know float32 and float64 alone; other types pass the conversions, which have cases
+    of their own.
+    """
+    for isa in ISAS[:-1]:
+        for dtype in ALL_DTYPES:
+            for name in OTHER_LEVELS if dtype == torch.float32 else CONVERSIONS:
+                yield f"selected_attention-{isa}-{dtype_name(dtype)}-{name}", isa, name, dtype
+
+
+_BEST = [
+    pytest.param(case.name, dtype, id=f"selected_attention-{ISAS[-1]}-{name}")
+    for name, case, dtype in case_ids(CORRECTNESS, ALL_DTYPES)
+]
+_LEVELS = [pytest.param(*values, id=name) for name, *values in _level_ids()]
+
+
+@pytest.mark.parametrize("name, dtype", _BEST)
+def test_accuracy(name: str, dtype: torch.dtype, set_isa: Callable[[str], None]) -> None:
+    set_isa(ISAS[-1])
+    inputs, standard = _standard(name, dtype)
+    check_accuracy(inputs, _kernels(inputs), standard)
+
+
+@pytest.mark.parametrize("isa, name, dtype", _LEVELS)
+def test_accuracy_on_other_levels(
+    isa: str, name: str, dtype: torch.dtype, set_isa: Callable[[str], None]
+) -> None:
+    set_isa(isa)
+    inputs, standard = _standard(name, dtype)
+    check_accuracy(inputs, _kernels(inputs), standard)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in CORE.cpu_isas() if isa not in LEVELS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_higher_levels_take_the_kernel_of_avx512(
+    dtype: torch.dtype, isa: str, set_isa: Callable[[str], None]
+) -> None:
+    inputs = make_inputs(CASES["everything"], dtype)
+    set_isa("avx512")
+    expected = compute(inputs, "cpu")
+    set_isa(isa)
+    for name, value in compute(inputs, "cpu").items():
+        assert torch.equal(value, expected[name]), name

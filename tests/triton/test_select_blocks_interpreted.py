@@ -1,0 +1,132 @@
+"""hk.select_blocks on the Triton backend, interpreted on the CPU, by the rule of chosen blocks.
+
+Its tiles are small there (triton_launch: 32 queries by 16 blocks); cases are cut to 100 queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import hierkernels as hk
+from hierkernels.ops.select_blocks import triton as backend
+from hierkernels.ops.select_blocks.spec import CORRECTNESS, SelectCase
+from hierkernels.ops.select_blocks.testing import check_selection, make_inputs
+from hierkernels.testing import poisoned_memory
+
+BY_NAME = {case.name: case for case in CORRECTNESS}
+BOTH = (
+    "n0", "n1", "n15", "n63", "n65", "batch0", "d1", "d40", "d100", "g1", "g3", "g6", "g16", "g20",
+    "g3-hkv2", "not-shared", "layout-bnhd", "layout-channels", "l32-d16-s64", "l12-d4-s4",
+    "l2-d1-s8", "n507", "select0", "select1", "select17", "select80", "offset", "not-causal",
+    "ties", "logits-x100", "scale-negative",
+)  # fmt: skip
+FLOAT32 = (
+    *BOTH, *(f"logit-{name}" for name in BOTH), "padded-l12-d4-s4", "padded-l40-d4-s8",
+    "forced-paper", "forced-all", "no-own-block-local", "offset-forced", "not-causal-no-own",
+    "ties-forced", "ties-paper", "scale-zero", "logit-own-block-inclusive", "logit-not-causal-own",
+    "logit-offset-one-query", "logit-ties-not-shared", "logit-logits-x1000",
+)  # fmt: skip
+BFLOAT16 = ("n65", "g4", "forced-paper", "l32-d16-s64", "logits-x100", "logit-n65", "logit-g6")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(
+            pytest.param(name, torch.float32, id=f"select_blocks-float32-{name}")
+            for name in FLOAT32
+        ),
+        *(pytest.param(n, torch.bfloat16, id=f"select_blocks-bfloat16-{n}") for n in BFLOAT16),
+        pytest.param("n65", torch.float16, id="select_blocks-float16-n65"),
+    ],
+)
+def test_chosen_blocks(name: str, dtype: torch.dtype) -> None:
+    case = BY_NAME[name]
+    inputs = make_inputs(replace(case, B=min(case.B, 1), N=min(case.N, 100)), dtype)
+    with poisoned_memory():
+        indices = inputs.run("triton")
+    check_selection(inputs, indices)
+
+
+def test_the_paper_by_hand() -> None:
+    """l / d = 2, S / d = 4: block j takes the windows 4 j - 1 ... 4 j + 3, with weights 1 2 2 2 1.
+
+    One head, one query at the end; the probabilities are given, as exp of the products.
+    """
+    probabilities = torch.zeros(15)
+    probabilities[[3, 4, 7, 8, 9, 11]] = torch.tensor([0.3, 0.05, 0.25, 0.04, 0.06, 0.3])
+    # Block 0: 3 (once). 1: 3 (once), 4 (twice), 7 (once). 2: 7 (once), 8 and 9 (twice), 11 (once).
+    # 3: 11 (once). So 0.3, 0.65, 0.75, 0.3, and the tie goes to the lower block.
+    k = (probabilities + 1e-12).log()[None, None, :, None]
+    q, lse = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1)
+    options = {
+        "block_size": 4, "stride": 1, "window_size": 2, "first_end": 1, "query_offset": 15,
+        "lse": lse, "scale": 1.0, "backend": "triton",
+    }  # fmt: skip
+    for n, expected in ((1, [2]), (2, [1, 2]), (3, [0, 1, 2]), (5, [0, 1, 2, 3, -1])):
+        assert hk.select_blocks(q, k, num_selected=n, **options).tolist() == [[[expected]]]
+
+
+def test_ties_are_stable() -> None:
+    inputs = make_inputs(
+        SelectCase("stable", 1, 2, 1, 70, 16, 4, 4, 4, 5, ties=True), torch.float32
+    )
+    first = inputs.run("triton")
+    assert all(torch.equal(inputs.run("triton"), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("scoring", ["probability", "logit"])
+def test_future_tokens_change_nothing(scoring: str) -> None:
+    case = SelectCase("future", 1, 2, 1, 60, 16, 8, 4, 8, 3, scoring)
+    inputs = make_inputs(case, torch.float32)
+    k = inputs.k.clone()
+    k[:, :, 7:] = float("nan")  # windows that end at 35 and later
+    changed = replace(inputs, k=k).run("triton")
+    assert torch.equal(changed[:, :, :35], inputs.run("triton")[:, :, :35])
+
+
+@pytest.mark.parametrize("scoring", ["probability", "logit"])
+def test_decoding_equals_the_parallel_result(scoring: str) -> None:
+    inputs = make_inputs(SelectCase("step", 1, 4, 2, 40, 16, 8, 4, 8, 3, scoring), torch.float32)
+    whole = inputs.run("triton")
+    for i in (0, 6, 7, 8, 25, 39):
+        lse = None if inputs.lse is None else inputs.lse[:, :, i : i + 1]
+        seen = max(0, (i - 7) // 4 + 1)
+        step = hk.select_blocks(
+            inputs.q[:, :, i : i + 1], inputs.k[:, :, :seen],
+            **{**inputs.options(), "lse": lse, "query_offset": i, "num_keys": i + 1},
+            backend="triton",
+        )  # fmt: skip
+        assert torch.equal(step, whole[:, :, i : i + 1])
+
+
+def test_scores_that_are_no_numbers() -> None:
+    """They lose against all others, and indices stay indices."""
+    for scoring in ("probability", "logit"):
+        case = SelectCase("nan", 1, 2, 1, 60, 16, 8, 4, 8, 3, scoring)
+        inputs = make_inputs(case, torch.float32)
+        inputs.k[:, :, ::5] = float("nan")
+        inputs.k[:, :, 3] = float("inf")
+        indices = inputs.run("triton")
+        assert indices.min() >= -1
+        assert indices.max() < case.num_blocks
+        inputs.k[:] = float("nan")
+        assert torch.equal(inputs.run("triton"), inputs.run("reference"))
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(BY_NAME["n65"], torch.float64)
+    with pytest.raises(NotImplementedError, match="float64 is not one of"):
+        inputs.run("triton")
+    wide = replace(BY_NAME["n65"], D=257)
+    assert "257 channels" in backend.supports(make_inputs(wide, torch.float32).call())[0]
+    far = replace(inputs.to(torch.float32).call(), query_offset=2**30)
+    assert backend.supports(far) == ["lengths or positions beyond 32 bits"]
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    call = inputs.to(torch.float32).call()
+    assert [text for text in backend.supports(call) if "needs a GPU" in text]
