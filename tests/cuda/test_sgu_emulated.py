@@ -88,9 +88,8 @@ def test_what_lies_above_the_diagonal_is_not_multiplied(emulated_cuda: ModuleTyp
     strips = range(64, 257, 64)
     triangle = sum(rows // 32 for rows in strips) * 64
     # Of dweight: tiles of 64 x 64 on and below the diagonal, 64 channels.
-    assert counts == {
-        "forward": triangle, "dgate": triangle, "dweight": len(strips) * (len(strips) + 1) // 2 * 128
-    }  # fmt: skip
+    squares = len(strips) * (len(strips) + 1) // 2
+    assert counts == {"forward": triangle, "dgate": triangle, "dweight": squares * 128}
 
 
 def _backward(call: backend.SguCall, wanted: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...]:
@@ -129,14 +128,16 @@ def test_refusals(emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
 
     def reasons(batch: int, tokens: int, size: int) -> list[str]:
         x = meta.expand(batch, tokens, 4)
-        weight = meta.expand(1, size, 2 * size)
+        weight = meta.expand(4, size, 2 * size)
         large = replace(call, residual=x, gate=x, weight=weight, bias=weight[..., 0], window=size)
         return backend.supports(large)
 
     assert any("tokens, at most" in text for text in reasons(1, 2**31, 8))
-    assert any("columns of the weight, at most" in text for text in reasons(1, 8, 2**30))
+    assert any(
+        "columns of the weight, at most" in text for text in reasons(1, 8, 2**30 - 2**15 + 1)
+    )
     assert any("tokens of the batch, at most" in text for text in reasons(2**16, 2**15, 8))
-    assert any("tiles than a launch" in text for text in reasons(2**10, 2**19, 8))
+    assert any("tiles than a launch" in text for text in reasons(1, 2**29, 1))
     monkeypatch.undo()  # without the emulation, the CPU is not a GPU
     assert any("needs a GPU" in text for text in backend.supports(call))
 
