@@ -2,6 +2,9 @@
 //
 // All run on `stream` (a cudaStream_t) and throw std::runtime_error if a launch fails. No tensor is empty.
 #pragma once
+#include <string>
+#include <vector>
+
 #include "../common/attention_params.h"
 #include "../common/sgu_params.h"
 
@@ -24,6 +27,14 @@ void sgu_forward(const SguParams& p, void* stream);
 // float32, optional, is dgate_residual summed over each head's channels; p.dbias is not read.
 void sgu_backward(const SguParams& p, const Tensor& sums, void* stream);
 int sgu_weight_splits(const SguParams& p);
+
+// What a block of a kernel takes.
+struct KernelInfo {
+  std::string name;  // as in the kernel's C++ name: attention_forward_kernel<float, 64>
+  int threads, shared_bytes;
+};
+std::vector<KernelInfo> attention_kernels();
+std::vector<KernelInfo> sgu_kernels();
 
 int runtime_version();  // as CUDART_VERSION: 13000 is 13.0; 0 in the emulation
 

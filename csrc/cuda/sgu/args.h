@@ -149,8 +149,7 @@ void run_sgu_forward(const SguArgs& p, DType dtype, void* stream);
 void run_sgu_mix_gradient(const SguArgs& p, DType dtype, void* stream);
 void run_sgu_gate_gradient(const SguArgs& p, DType dtype, void* stream);
 void run_sgu_weight_gradient(const SguArgs& p, DType dtype, int splits, void* stream);
-// Rows and columns of a tile of the weight's gradient.
-int sgu_weight_tile(DType dtype);
+constexpr int kMixGradientThreads = 256;
 
 // run<T>(...) for the type of the activations.
 #define HIERKERNELS_SGU_DISPATCH(dtype, run, ...)                      \

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(MixShape<T>::kThreads, 2) sgu_forward_kernel(c
 template <class T>
 void run(const SguArgs& p, void* stream) {
   using M = Mixing<T, false>;
-  launch("sgu_forward", sgu_forward_kernel<T>, M::blocks(p), M::S::kThreads, M::shared_bytes(p), stream, p);
+  launch("sgu_forward", sgu_forward_kernel<T>, M::blocks(p), M::S::kThreads, M::shared_bytes(p.weight.wide), stream, p);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(MixShape<T>::kThreads, 2) sgu_gate_gradient_ke
 template <class T>
 void run(const SguArgs& p, void* stream) {
   using M = Mixing<T, true>;
-  launch("sgu_gate_gradient", sgu_gate_gradient_kernel<T>, M::blocks(p), M::S::kThreads, M::shared_bytes(p), stream, p);
+  launch("sgu_gate_gradient", sgu_gate_gradient_kernel<T>, M::blocks(p), M::S::kThreads, M::shared_bytes(p.weight.wide), stream, p);
 }
 
 }  // namespace

@@ -6,10 +6,10 @@
 namespace hierkernels::cuda {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = kMixGradientThreads / kWarp;
 
 template <class T>
-__global__ void __launch_bounds__(kWarp* kWarps) sgu_mix_gradient_kernel(const __grid_constant__ SguArgs p) {
+__global__ void __launch_bounds__(kMixGradientThreads) sgu_mix_gradient_kernel(const __grid_constant__ SguArgs p) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;  // batch, token, head
   const int head = static_cast<int>(index % p.heads), b = static_cast<int>(index / p.heads / p.tokens);
   const int64_t token = index / p.heads % p.tokens;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) sgu_mix_gradient_kernel(const _
 template <class T>
 void run(const SguArgs& p, void* stream) {
   const int64_t rows = p.tokens * p.batch * p.heads;
-  launch("sgu_mix_gradient", sgu_mix_gradient_kernel<T>, (rows + kWarps - 1) / kWarps, kWarp * kWarps, 0, stream, p);
+  launch("sgu_mix_gradient", sgu_mix_gradient_kernel<T>, (rows + kWarps - 1) / kWarps, kMixGradientThreads, 0, stream, p);
 }
 
 }  // namespace

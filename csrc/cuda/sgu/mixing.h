@@ -45,8 +45,8 @@ struct Mixing {
   static constexpr int kEpilogueStride = (8 * S::kN + 8) * static_cast<int>(sizeof(float));  // of a warp's 16 rows
   static constexpr int kEpilogue = S::kThreads / kWarp * 16 * kEpilogueStride;
 
-  static int shared_bytes(const SguArgs& p) {
-    const int tiles = p.weight.wide ? MixTiles<T, float, kTransposed>::kBytes : MixTiles<T, T, kTransposed>::kBytes;
+  static int shared_bytes(bool wide) {
+    const int tiles = wide ? MixTiles<T, float, kTransposed>::kBytes : MixTiles<T, T, kTransposed>::kBytes;
     return tiles > kEpilogue ? tiles : kEpilogue;
   }
 

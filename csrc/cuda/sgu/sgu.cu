@@ -1,6 +1,7 @@
 // The causal spatial gating unit: from a call to its kernels.
 #include "../operators.h"
-#include "args.h"
+#include "mixing.h"
+#include "weight_shape.h"
 
 namespace hierkernels::cuda {
 namespace {
@@ -57,14 +58,31 @@ int64_t items_of_split(const SguParams& p) {
   // Blocks that keep a large device busy; fixed, so that results do not depend on the device.
   constexpr int64_t kBusy = 512;
   const SguShape s(p);
-  const int64_t tile = sgu_weight_tile(p.gate.dtype), tiles = (s.w + tile - 1) / tile;
+  const int64_t tile = p.gate.dtype == DType::kFloat32 ? WeightShape<float>::kSize : WeightShape<BFloat16>::kSize;
+  const int64_t tiles = (s.w + tile - 1) / tile;
   const int64_t working = s.H * (tiles * (tiles + 1) / 2 + (s.look_back ? tiles * tiles : 0));
   const int64_t items = s.B * s.buckets, wanted = kBusy / working;
   const int64_t splits = wanted < 1 ? 1 : wanted < items ? wanted : items;
   return (items + splits - 1) / splits;
 }
 
+template <class T>
+void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
+  to.push_back({"sgu_forward_kernel<" + type + ">", MixShape<T>::kThreads, Mixing<T, false>::shared_bytes(true)});
+  to.push_back({"sgu_gate_gradient_kernel<" + type + ">", MixShape<T>::kThreads, Mixing<T, true>::shared_bytes(true)});
+  to.push_back({"sgu_weight_gradient_kernel<" + type + ">", WeightShape<T>::kThreads, WeightShape<T>::kShared});
+  to.push_back({"sgu_mix_gradient_kernel<" + type + ">", kMixGradientThreads, 0});
+}
+
 }  // namespace
+
+std::vector<KernelInfo> sgu_kernels() {
+  std::vector<KernelInfo> kernels;
+  add_kernels<BFloat16>(kernels, "BFloat16");
+  add_kernels<Float16>(kernels, "Float16");
+  add_kernels<float>(kernels, "float");
+  return kernels;
+}
 
 int sgu_weight_splits(const SguParams& p) {
   const SguShape s(p);

@@ -2,23 +2,10 @@
 // computes a tile of a head's weight, over a part of the (bucket, batch entry) items; tiles that nobody reads are
 // zero, and so is what lies above the diagonal.
 #include "args.h"
-#include "operands.h"
+#include "weight_shape.h"
 
 namespace hierkernels::cuda {
 namespace {
-
-template <class T>
-struct Shape {
-  static constexpr int kM = sizeof(T) == 4 ? 2 : 4, kN = 2 * kM;  // of a warp, in tiles of 16 x 8
-  static constexpr int kWarpRows = 2, kWarpColumns = 2, kThreads = kWarp * kWarpRows * kWarpColumns;
-  static constexpr int kSize = 16 * kM * kWarpRows;  // rows of a tile, and columns
-  static_assert(kSize == 8 * kN * kWarpColumns);
-  static constexpr int kTerms = 64 / static_cast<int>(sizeof(T));  // channels: two steps
-  static constexpr int kStages = 3;
-  using TileT = Tile<T, kTerms>;
-  static constexpr int kTileBytes = TileT::bytes(kSize), kStageBytes = 2 * kTileBytes;
-  static constexpr int kShared = kStages * kStageBytes;
-};
 
 // This block's tile. The columns of the look-back, or those that nobody reads, come before the own ones.
 struct Block {
@@ -28,13 +15,13 @@ struct Block {
 
 template <class T>
 __device__ __forceinline__ Block block_of(const SguArgs& p) {
-  const int tiles = (p.width + Shape<T>::kSize - 1) / Shape<T>::kSize, halves = p.own > 0 ? 2 : 1;
+  const int tiles = (p.width + WeightShape<T>::kSize - 1) / WeightShape<T>::kSize, halves = p.own > 0 ? 2 : 1;
   unsigned rest = blockIdx.x;
   const int column = static_cast<int>(rest % (tiles * halves));
   rest /= tiles * halves;
-  const int row0 = static_cast<int>(rest % tiles) * Shape<T>::kSize;
+  const int row0 = static_cast<int>(rest % tiles) * WeightShape<T>::kSize;
   rest /= tiles;
-  return {static_cast<int>(rest % p.heads), static_cast<int>(rest / p.heads), row0, column % tiles * Shape<T>::kSize,
+  return {static_cast<int>(rest % p.heads), static_cast<int>(rest / p.heads), row0, column % tiles * WeightShape<T>::kSize,
           column / tiles == halves - 1};
 }
 
@@ -55,7 +42,7 @@ struct Position {
 template <class T>
 __device__ __forceinline__ void copy_rows(const SguArgs& p, const Activations& from, const Block& block, const Position& at,
                                           int row0, int64_t token0, int n_rows, unsigned char* tile) {
-  using S = Shape<T>;
+  using S = WeightShape<T>;
   constexpr int kAcross = S::kTerms / kChunk<T>, kChunks = S::kSize * kAcross / S::kThreads;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
@@ -73,7 +60,7 @@ __device__ __forceinline__ void copy_step(const SguArgs& p, const Block& block, 
   const int n_rows = left < p.size ? static_cast<int>(left) : p.size;
   copy_rows<T>(p, p.dmix, block, at, block.row0, first, n_rows, stage);
   copy_rows<T>(p, p.gate, block, at, block.column0, block.own ? first : first - p.size, block.own ? n_rows : p.size,
-               stage + Shape<T>::kTileBytes);
+               stage + WeightShape<T>::kTileBytes);
 }
 
 // A row's numbers at an even column of the tile: `x`, and `y` if that column is there.
@@ -92,8 +79,8 @@ __device__ __forceinline__ void store_pair(const SguArgs& p, int64_t at, float x
 }
 
 template <class T>
-__global__ void __launch_bounds__(Shape<T>::kThreads, 2) sgu_weight_gradient_kernel(const __grid_constant__ SguArgs p) {
-  using S = Shape<T>;
+__global__ void __launch_bounds__(WeightShape<T>::kThreads, 2) sgu_weight_gradient_kernel(const __grid_constant__ SguArgs p) {
+  using S = WeightShape<T>;
   const Block block = block_of<T>(p);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int warp_row = warp / S::kWarpColumns * 16 * S::kM, warp_column = warp % S::kWarpColumns * 8 * S::kN;
@@ -151,7 +138,7 @@ __global__ void __launch_bounds__(Shape<T>::kThreads, 2) sgu_weight_gradient_ker
 
 template <class T>
 void run(const SguArgs& p, int splits, void* stream) {
-  using S = Shape<T>;
+  using S = WeightShape<T>;
   const int64_t tiles = (p.width + S::kSize - 1) / S::kSize;
   const int64_t blocks = tiles * tiles * (p.own > 0 ? 2 : 1) * p.heads * splits;
   launch("sgu_weight_gradient", sgu_weight_gradient_kernel<T>, blocks, S::kThreads, S::kShared, stream, p);
@@ -162,7 +149,5 @@ void run(const SguArgs& p, int splits, void* stream) {
 void run_sgu_weight_gradient(const SguArgs& p, DType dtype, int splits, void* stream) {
   HIERKERNELS_SGU_DISPATCH(dtype, run, p, splits, stream);
 }
-
-int sgu_weight_tile(DType dtype) { return dtype == DType::kFloat32 ? Shape<float>::kSize : Shape<BFloat16>::kSize; }
 
 }  // namespace hierkernels::cuda
