@@ -53,6 +53,12 @@ void bind_attention(py::module_& m) {
 void bind_cuda(py::module_& m) {
   m.attr("cuda_version") = cuda::runtime_version();
   m.attr("cuda_kernels") = "attention";  // the operators that follow, for hierkernels.info
+  m.def("cuda_kernel_table", [] {  // (name, threads, bytes of shared memory) of each kernel
+    py::list table;
+    for (const cuda::KernelInfo& k : cuda::attention_kernels())
+      table.append(py::make_tuple(k.name, k.threads, k.shared_bytes));
+    return table;
+  });
   bind_attention(m);
 }
 

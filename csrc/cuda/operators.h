@@ -2,6 +2,9 @@
 //
 // All run on `stream` (a cudaStream_t) and throw std::runtime_error if a launch fails. No tensor is empty.
 #pragma once
+#include <string>
+#include <vector>
+
 #include "../common/attention_params.h"
 
 namespace hierkernels::cuda {
@@ -14,6 +17,13 @@ void attention_forward(const AttentionParams& p, void* stream);
 // float32: the gradient in as many parts as attention_bias_slices says, to be added.
 void attention_backward(const AttentionParams& p, const Tensor& delta, void* stream);
 int attention_bias_slices(const AttentionParams& p);
+
+// What a block of a kernel takes.
+struct KernelInfo {
+  std::string name;  // as in the kernel's C++ name: attention_forward_kernel<float, 64>
+  int threads, shared_bytes;
+};
+std::vector<KernelInfo> attention_kernels();
 
 int runtime_version();  // as CUDART_VERSION: 13000 is 13.0; 0 in the emulation
 
