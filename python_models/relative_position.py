@@ -81,6 +81,9 @@ def diagonal_sums(rows: Tensor) -> Tensor:
     return _DiagonalSums.apply(rows)
 
 
+_BLOCK = 64  # queries that diagonal_sums takes at once: they stay in the cache
+
+
 # Each is the other's gradient. PyTorch's own gradient of unfold and flip takes five to eight times
 # as long at 1024 queries and keys: it goes through memory of the size of rows once more.
 class _Toeplitz(torch.autograd.Function):
@@ -94,15 +97,12 @@ class _Toeplitz(torch.autograd.Function):
 
 
 class _DiagonalSums(torch.autograd.Function):
-    # Queries of a block, which stays in the cache.
-    BLOCK = 64
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         heads, queries, keys = rows.shape
         ctx.queries = queries
         sums = rows.new_zeros(heads, queries + keys - 1)
-        block = min(_DiagonalSums.BLOCK, queries)
+        block = min(_BLOCK, queries)
         # Lines of `width`; a query's row begins one place further left than that of the query
         # before, so that what belongs together stands in a column. The rest stays zero.
         width = keys + block

@@ -353,6 +353,20 @@ def test_bfloat16_autocast_trains() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
+def test_compiles_without_a_graph_break() -> None:
+    model = Memformer(**SMALL)
+    given = arguments("both-masks", 0, SMALL)
+    found = []
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        results = function(**given)
+        (results.dec_out + results.mem.square().mean()).backward()
+        found.append([*results, *(p.grad for p in model.parameters())])
+        model.zero_grad(set_to_none=True)
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_empty_segments_and_narrow_integers() -> None:
     model = Memformer(**SMALL)
     given = arguments("plain", 0, SMALL)
