@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) setup.py
 
-.PHONY: bench bench-compare test lint compile-gpu train build clean
+.PHONY: bench bench-compare test lint compile-gpu cuda-report train build clean
 
 bench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -23,6 +23,11 @@ compile-gpu: build
 	$(BIN)/python -m hierkernels.ops.causal_sgu.aot
 	$(BIN)/python -m hierkernels.ops.selected_attention.aot
 	$(BIN)/python -m hierkernels.ops.select_blocks.aot
+	$(BIN)/python -m hierkernels.ops.native_sparse_attention.aot
+
+# CUDA kernels, as compiled by the build where there is nvcc: registers, shared memory, spills.
+cuda-report: build
+	PYTHONPATH=. $(BIN)/python csrc/cuda/report.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

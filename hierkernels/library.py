@@ -16,7 +16,7 @@ def register(
     backward: tuple[Callable[..., Any], Callable[..., Any]],
     setup_context: Callable[..., None],
     differentiate: Callable[..., tuple],
-) -> None:
+) -> Callable[..., Any]:
     """<op>_forward and <op>_backward, once defined: implementations, fakes and autograd.
 
     Args:
@@ -24,6 +24,10 @@ def register(
         forward, backward: an implementation for CPU and CUDA tensors, and one for fake tensors.
         setup_context, differentiate: autograd of the forward, as torch.library.register_autograd
             takes it. The backward's own raises NotImplementedError.
+
+    Returns:
+        The forward with its gradient round the dispatcher, for calls that nothing in PyTorch
+        watches (see eager.py); it takes the operator's arguments.
     """
 
     def differentiate_twice(ctx: Any, *grads: torch.Tensor) -> tuple:
@@ -40,3 +44,15 @@ def register(
         f"hierkernels::{op}_forward", differentiate, setup_context=setup_context, lib=LIBRARY
     )
     torch.library.register_autograd(f"hierkernels::{op}_backward", differentiate_twice, lib=LIBRARY)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            # A setup_context of its own would make PyTorch inspect the signature at every call.
+            output = forward[0](*args)
+            setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(differentiate)
+
+    return Eager.apply

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.hierarchical_config import Hierarchy
-from python_models.layers import LocalMHA, token_shift
+from python_models.layers import LocalMHA, normalize, token_shift
 from python_models.rotary import LocalRotaryEmbedding, project_turned
 
 XPOS_SCALE_BASE = 512
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) * (self.scale * self.gamma)
+        return normalize(x, self.scale * self.gamma, 1e-12)
 
 
 class FeedForward(nn.Module):

@@ -16,6 +16,60 @@ import hierkernels as hk
 from python_models.rotary import LocalRotaryEmbedding, project_turned
 
 
+def normalize(x: Tensor, gain: Tensor, floor: float) -> Tensor:
+    """``x / max(|x|, floor) * gain`` over the last dimension: ``(..., C)`` and ``(C,)``."""
+    if torch.compiler.is_compiling():  # which merges the passes itself
+        return _normalize(x, gain, floor)
+    return _Normalize.apply(x, gain, floor)[0]
+
+
+def _normalize(x: Tensor, gain: Tensor, floor: float) -> Tensor:
+    wide = _at_least_float32(x, gain)
+    unit = x.to(wide) / torch.linalg.vector_norm(x.to(wide), dim=-1, keepdim=True).clamp(min=floor)
+    return (unit * gain).to(torch.promote_types(x.dtype, gain.dtype))
+
+
+def _at_least_float32(x: Tensor, gain: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(x.dtype, gain.dtype)
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Normalize(torch.autograd.Function):
+    """The gradients in as few passes over memory as possible: a third of the time."""
+
+    @staticmethod
+    def forward(x: Tensor, gain: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+        wide = x.to(_at_least_float32(x, gain))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = length.clamp_min_(floor).reciprocal_()
+        out = (wide * inverse).mul_(gain)
+        return out.to(torch.promote_types(x.dtype, gain.dtype)), inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, gain, ctx.floor = inputs
+        ctx.save_for_backward(x, gain, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # gradients of gradients
+            out = _normalize(x, gain, ctx.floor)
+            return (*torch.autograd.grad(out, (x, gain), grad, create_graph=True), None)
+        wide, weights = x.to(inverse.dtype), gain.to(inverse.dtype)
+        grad = grad.to(inverse.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            product = grad * wide
+            rows = product.flatten(0, -2)
+            gain_grad = torch.mv(rows.T, inverse.flatten())
+            dot = torch.mv(rows, weights).view_as(inverse) * inverse**3
+        dot.masked_fill_(inverse * ctx.floor >= 1, 0.0)  # |x| has no effect there
+        x_grad = torch.mul(grad, weights, out=product).mul_(inverse)
+        x_grad.addcmul_(wide, dot, value=-1)
+        return x_grad.to(x.dtype), gain_grad.to(gain.dtype), None
+
+
 class RMSNorm(nn.Module):
     """Scales every token to unit root mean square: ``x / max(rms(x), eps) * g``.
 
@@ -30,8 +84,8 @@ class RMSNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * self.scale
-        return x / rms.clamp(min=self.eps) * self.g
+        # rms(x) = |x| * scale
+        return normalize(x, self.g / self.scale, self.eps / self.scale)
 
 
 class FeedForward(nn.Sequential):

@@ -148,3 +148,24 @@ def test_a_batch_of_output_gradients() -> None:
     single = [torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for dout in douts]
     for grads, wanted in zip(batched, zip(*single, strict=True), strict=True):
         torch.testing.assert_close(grads, torch.stack(wanted))
+
+
+def test_the_gating_unit_goes_round_the_dispatcher_as_well() -> None:
+    inputs = [torch.randn(shape) for shape in ((2, 5, 8), (2, 5, 8), (2, 5, 5), (2, 5))]
+    for t in inputs:
+        t.requires_grad_()
+
+    def run() -> tuple[torch.Tensor, ...]:
+        out = hk.causal_sgu(*inputs, activation="gelu")
+        return out, *torch.autograd.grad(out.sum(), inputs)
+
+    plain = run()
+    with _Seen() as seen:
+        watched = run()
+    operators = torch.ops.hierkernels
+    assert operators.causal_sgu_forward.default in seen.operators
+    assert operators.causal_sgu_backward.default in seen.operators
+    for a, b in zip(plain, watched, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(hk.causal_sgu(*inputs, activation="gelu"), plain[0])

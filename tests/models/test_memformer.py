@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from python_models import Memformer
-from python_models.relative_position import RelativePositionBias, toeplitz
+from python_models.relative_position import RelativePositionBias, diagonal_sums, toeplitz
 
 SMALL = {
     "dim": 16, "num_memory_slots": 5, "mem_update_attn_heads": 4,
@@ -206,8 +206,23 @@ def test_bias_of_a_sequence() -> None:
             assert torch.equal(whole[0, :, i, j], table[bucket])
     values = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: toeplitz(t, 4), values)
+    assert torch.autograd.gradgradcheck(lambda t: toeplitz(t, 4), values)
     # The newest queries of a longer sequence.
     assert torch.equal(toeplitz(bias.by_position(-6, 1), 2), whole[0, :, 5:])
+
+
+@pytest.mark.parametrize("keys", [1, 5, 130])
+@pytest.mark.parametrize("queries", [1, 2, 63, 64, 65, 130])
+def test_gradient_of_the_bias_is_a_sum_over_diagonals(queries: int, keys: int) -> None:
+    """Blocks of 64 queries: one, whole ones, and a part of one."""
+    grad = torch.randn(2, queries, keys, dtype=torch.float64)
+    expected = torch.zeros(2, queries + keys - 1, dtype=torch.float64)
+    for i in range(queries):
+        expected[:, queries - 1 - i : queries - 1 - i + keys] += grad[:, i]
+    torch.testing.assert_close(diagonal_sums(grad), expected, rtol=0, atol=1e-12)
+    values = torch.randn(2, queries + keys - 1, dtype=torch.float64, requires_grad=True)
+    (got,) = torch.autograd.grad(toeplitz(values, queries), values, grad)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 def test_masked_tokens_attend_to_nothing() -> None:
@@ -336,6 +351,20 @@ def test_bfloat16_autocast_trains() -> None:
     assert first.dec_out.dtype == torch.float32
     assert abs(first.dec_out.item() - exact.item()) < 0.05 * exact.item()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_compiles_without_a_graph_break() -> None:
+    model = Memformer(**SMALL)
+    given = arguments("both-masks", 0, SMALL)
+    found = []
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        results = function(**given)
+        (results.dec_out + results.mem.square().mean()).backward()
+        found.append([*results, *(p.grad for p in model.parameters())])
+        model.zero_grad(set_to_none=True)
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_empty_segments_and_narrow_integers() -> None:

@@ -119,6 +119,19 @@ def test_scores_that_are_no_numbers() -> None:
         assert torch.equal(inputs.run("triton"), inputs.run("reference"))
 
 
+@pytest.mark.slow
+def test_offsets_beyond_32_bits() -> None:
+    """Tokens 2**26 elements apart: the offset of token 33 exceeds 2**31 (memory is not touched)."""
+    for scoring in ("probability", "logit"):
+        case = SelectCase("far", 1, 1, 1, 36, 16, 1, 1, 4, 3, scoring)
+        inputs = make_inputs(case, torch.bfloat16)
+        memory = torch.empty(36 * 2**26, dtype=torch.bfloat16)
+        far = memory.as_strided(inputs.k.shape, (0, 0, 2**26, 1))
+        far.copy_(inputs.k)
+        near = replace(inputs, q=inputs.k)
+        assert torch.equal(replace(inputs, q=far, k=far).run("triton"), near.run("triton"))
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(BY_NAME["n65"], torch.float64)
     with pytest.raises(NotImplementedError, match="float64 is not one of"):

@@ -207,11 +207,26 @@ def test_decoding_equals_the_parallel_result() -> None:
         assert torch.equal(part, whole[:, :, rows])
 
 
+@pytest.mark.slow
+def test_offsets_beyond_32_bits() -> None:
+    """Tokens 2**26 elements apart: the offset of token 33 exceeds 2**31 (memory is not touched)."""
+    inputs = make_inputs(_case("far", H=1, N=36, S=8, n=5, pattern="all"), BF16)
+    memory = torch.empty(36 * 2**26, dtype=BF16)
+    far = memory.as_strided(inputs.k.shape, (0, 0, 2**26, 1))
+    far.copy_(inputs.k)
+    results = compute(replace(inputs, q=far, k=far, v=far), "triton")
+    check_accuracy(replace(inputs, q=inputs.k, v=inputs.k), results)
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(_case("refused"), torch.float64)
     with pytest.raises(NotImplementedError, match="float64 is not one of"):
         inputs.run("triton")
     wide = make_inputs(_case("refused", D=257, H=129), F32).call()
     assert len(backend.supports(wide)) == 3
+    many = torch.empty(2**15, 1, 2**15, 16, device="meta").expand(-1, 2, -1, -1)
+    indices = torch.empty(2**15, 1, 2**15, 1, dtype=torch.int32, device="meta")
+    long = replace(wide, q=many, k=many[:, :1], v=many[:, :1], indices=indices)
+    assert [text for text in backend.supports(long) if "beyond 32 bits" in text]
     monkeypatch.setattr(backend, "INTERPRETED", False)
     assert [text for text in backend.supports(inputs.to(F32).call()) if "needs a GPU" in text]

@@ -2,6 +2,7 @@
 #include "../../common/philox.h"
 #include "../operators.h"
 #include "kernels.h"
+#include "shapes.h"
 
 namespace hierkernels::cuda {
 namespace {
@@ -45,7 +46,37 @@ AttentionArgs make_args(const AttentionParams& p) {
   return a;
 }
 
+template <class S>
+KernelInfo info(const char* kernel, const std::string& arguments) {
+  return {std::string("attention_") + kernel + "_kernel<" + arguments + ">", S::kThreads, S::kShared};
+}
+
+template <class T, int kDim>
+void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
+  const std::string arguments = type + ", " + std::to_string(kDim);
+  to.push_back(info<ForwardShape<T, kDim>>("forward", arguments));
+  to.push_back(info<QueryGradientShape<T, kDim>>("query_gradient", arguments));
+  to.push_back(info<KeyGradientShape<T, kDim>>("key_gradient", arguments));
+}
+
+template <class T>
+void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
+  add_kernels<T, 64>(to, type);
+  add_kernels<T, 128>(to, type);
+  add_kernels<T, 256>(to, type);
+  to.push_back(info<BiasGradientShape<T>>("bias_gradient", type));
+  to.push_back({"attention_delta_kernel<" + type + ">", kDeltaThreads, 0});
+}
+
 }  // namespace
+
+std::vector<KernelInfo> attention_kernels() {
+  std::vector<KernelInfo> kernels;
+  add_kernels<BFloat16>(kernels, "BFloat16");
+  add_kernels<Float16>(kernels, "Float16");
+  add_kernels<float>(kernels, "float");
+  return kernels;
+}
 
 void attention_forward(const AttentionParams& p, void* stream) {
   run_attention_forward(make_args(p), p.q.dtype, stream);

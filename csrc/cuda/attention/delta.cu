@@ -2,11 +2,12 @@
 #include "../common/launch.h"
 #include "../common/ptx.h"
 #include "kernels.h"
+#include "shapes.h"
 
 namespace hierkernels::cuda {
 namespace {
 
-constexpr int kRowsPerBlock = 8;  // a warp each
+constexpr int kRowsPerBlock = kDeltaThreads / kWarp;
 
 struct DeltaParams {
   const void *out, *dout;
@@ -18,7 +19,7 @@ struct DeltaParams {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kWarp* kRowsPerBlock) attention_delta_kernel(const __grid_constant__ DeltaParams p) {
+__global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(const __grid_constant__ DeltaParams p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
   if (row >= p.rows) return;
   const int64_t i = row % p.tokens, h = row / p.tokens % p.heads, b = row / p.tokens / p.heads;
@@ -42,7 +43,7 @@ void run_attention_delta(const Tensor& out, const Tensor& dout, const Tensor& dl
   if (p.rows == 0) return;
   const int64_t blocks = (p.rows + kRowsPerBlock - 1) / kRowsPerBlock;
   const auto run = [&](void (*kernel)(DeltaParams)) {
-    launch("attention_delta", kernel, blocks, kWarp * kRowsPerBlock, 0, stream, p);
+    launch("attention_delta", kernel, blocks, kDeltaThreads, 0, stream, p);
   };
   switch (out.dtype) {
     case DType::kFloat32:

@@ -12,7 +12,7 @@ struct ForwardShape {
   static constexpr bool kWide = sizeof(T) == 4;
   static constexpr int kWarps = kWide && kDim == 256 ? 2 : 4;
   static constexpr int kM = !kWide && kDim == 64 ? 2 : 1;
-  static constexpr int kKeys = kDim * sizeof(T) >= 1024 ? 16 : kDim * sizeof(T) >= 512 ? 32 : 64;
+  static constexpr int kKeys = kWide ? (kDim == 64 ? 32 : 16) : kDim == 256 ? 32 : 64;
   static constexpr int kRows = 16 * kM * kWarps, kThreads = kWarp * kWarps;
   static constexpr int kShared = Tile<T, kDim>::bytes(kRows + 4 * kKeys);
   static constexpr int kBlocksPerSM = kDim * sizeof(T) <= 256 ? 2 : 1;
@@ -23,7 +23,7 @@ struct QueryGradientShape {
   static constexpr bool kWide = sizeof(T) == 4;
   static constexpr int kWarps = kWide && kDim == 256 ? 1 : 4;
   static constexpr int kM = 1;
-  static constexpr int kKeys = kDim * sizeof(T) >= 512 ? 16 : kDim * sizeof(T) >= 256 ? 32 : 64;
+  static constexpr int kKeys = kDim == 256 || (kWide && kDim == 128) ? 16 : kWide || kDim == 128 ? 32 : 64;
   static constexpr int kRows = 16 * kM * kWarps, kThreads = kWarp * kWarps;
   static constexpr int kShared = Tile<T, kDim>::bytes(2 * kRows + 4 * kKeys);
   static constexpr int kBlocksPerSM = kDim * sizeof(T) <= 256 ? 2 : 1;
@@ -37,7 +37,7 @@ struct KeyGradientShape {
   static constexpr int kSplit = kDim == 256 || (kWide && kDim == 128) ? 2 : 1;
   static constexpr int kKeyWarps = kWide && kDim == 256 ? 1 : kSplit == 2 ? 2 : 4;
   static constexpr int kKeys = 16 * kKeyWarps, kThreads = kWarp * kKeyWarps * kSplit;
-  static constexpr int kRows = kDim * sizeof(T) >= 512 ? 16 : kDim * sizeof(T) >= 256 ? 32 : 64;
+  static constexpr int kRows = kWide || kDim == 256 ? 16 : kDim == 128 ? 32 : 64;
   static constexpr int kStatistics = 2 * kRows * static_cast<int>(sizeof(float));  // a stage's lse and delta
   static constexpr int kShared = Tile<T, kDim>::bytes(2 * kKeys + 4 * kRows) + 2 * kStatistics;
   static constexpr int kBlocksPerSM = kDim * sizeof(T) <= 128 ? 2 : 1;
@@ -49,5 +49,7 @@ struct BiasGradientShape {
   static constexpr int kWarps = 4, kRows = 64, kKeys = 64, kPart = 64, kThreads = kWarp * kWarps;
   static constexpr int kShared = Tile<T, kPart>::bytes(kRows + kKeys);
 };
+
+constexpr int kDeltaThreads = 8 * kWarp;  // a warp for each row
 
 }  // namespace hierkernels::cuda

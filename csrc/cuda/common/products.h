@@ -86,7 +86,8 @@ __device__ __forceinline__ void add_product_of_rows(Sums<kM, kN>& sums, const un
   const int lane = threadIdx.x % kWarp;
   a += lane % 16 * kStride + lane / 16 * 16;
   b += (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 16;
-#pragma unroll
+// Unrolled, the many instructions of float32 would ask for more registers than there are.
+#pragma unroll(sizeof(T) == 4 ? 1 : kSteps)
   for (int step = 0; step < kSteps; ++step) {
     Words<T, 4> left[kM];
 #pragma unroll

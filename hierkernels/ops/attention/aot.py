@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hierkernels.key_range import KeyRange
 from hierkernels.ops.attention.api import make_call
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.attention.triton_launch import plan_backward, plan_forward
@@ -32,6 +33,7 @@ class Case:
     heads: int = 4
     kv_heads: int = 4
     queries: int = 2048
+    keys: int | None = None  # as many as queries if these are 9 or 2048, else 2048
     options: str = ""  # names that _make_call knows, separated by blanks
     quick: bool = False  # part of the set for continuous integration
 
@@ -56,6 +58,11 @@ CASES = (
     Case("odd", 80),
     Case("bias", 128, options="bias"),
     Case("bias", 256, options="bias"),
+    # The dense branches of native sparse attention, with the heads of its paper.
+    Case("compressed", 128, heads=64, kv_heads=4, keys=127, options="compressed lse", quick=True),
+    Case("window-512", 128, heads=64, kv_heads=4, options="window_512", quick=True),
+    Case("compressed-decode", 128, heads=64, kv_heads=4, queries=1, options="compressed"),
+    Case("window-decode", 128, heads=64, kv_heads=4, queries=1, options="window_512"),
     Case("shared-bias", 64, options="shared_bias"),
     Case("shared-bias", 128, options="shared_bias"),
     Case("shared-bias", 256, options="shared_bias"),
@@ -92,10 +99,12 @@ def _make_call(case: Case) -> AttentionCall:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     B, H, N, D = 2, case.heads, case.queries, case.channels
-    n_keys = N if case.queries in (9, 2048) else 2048
+    n_keys = case.keys or (N if N in (9, 2048) else 2048)
     options: dict[str, dict[str, Any]] = {
         "full": {"is_causal": False},
         "window": {"window_size": (256, 0)},
+        "window_512": {"window_size": (511, 0)},
+        "compressed": {"is_causal": False, "key_range": KeyRange.compressed(31, 16)},
         "bias": {"attn_bias": empty(B, H, N, n_keys)},
         "shared_bias": {"attn_bias": empty(H, N, n_keys)},
         "key_bias": {"attn_bias": empty(B, 1, 1, n_keys)},

@@ -91,26 +91,13 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
     return dq, dk, dv, dbias if ctx.needs_input_grad[3] else None, *(None,) * 10
 
 
-register(
+_EAGER = register(
     "attention",
     (_forward, _fake_forward),
     (_backward, _fake_backward),
     _setup_context,
     _differentiate,
 )
-
-
-class _Eager(torch.autograd.Function):
-    """The operator and its gradient without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        # A setup_context of its own would make PyTorch inspect the signature at every call.
-        output = _forward(*args)
-        _setup_context(ctx, args, output)
-        return output
-
-    backward = staticmethod(_differentiate)
 
 
 def attention_forward(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,5 +116,5 @@ def attention_forward(call: AttentionCall, backend: str) -> tuple[torch.Tensor, 
         )
         if not needs_graph:
             return _backend(call, backend).forward(call)
-        run = _Eager.apply
+        run = _EAGER
     return run(*call.arguments(), backend)

@@ -86,8 +86,8 @@ _HALF = {
 # What the base table cannot serve without spilling: (device, kernel, channels up to, demand).
 # Demands, in the order in which they are looked up: "slots" (a bias by slots, whose addresses take
 # registers), "pairs" (a full bias or mask, or dropout, holds one more tile of scores), "padded"
-# (channels are not a power of two), "packed" (several heads in a tile), "grouped" (several heads,
-# one after the other).
+# (channels are not a power of two), "packed" (several heads in a tile), "stepped" (bounds whose
+# steps are longer than 1), "grouped" (several heads, one after the other).
 _SPECIAL = {
     ("sm_80", "forward", 128, "packed"): Config(128, 32, 8, 3, "always"),
     ("sm_80", "dq", 128, "pairs"): Config(64, 32, 8, 2, "split"),
@@ -96,9 +96,10 @@ _SPECIAL = {
     ("sm_86", "dkv", 128, "padded"): Config(64, 64, 8, 1, "always"),
     ("sm_90", "forward", 256, "slots"): Config(64, 32, 8, 2, "split"),
     ("sm_90", "dq", 256, "slots"): Config(64, 32, 8, 2, "split"),
+    ("sm_90", "dkv", 128, "stepped"): Config(32, 128, 8, 2, "always"),
     ("sm_100", "dkv", 128, "grouped"): Config(64, 128, 8, 1, "branch"),
 }
-DEMANDS = ("slots", "pairs", "padded", "packed", "grouped")
+DEMANDS = ("slots", "pairs", "padded", "packed", "stepped", "grouped")
 
 # float32 products run on the ordinary units: smaller tiles. The second stage of dq keeps what is
 # loaded out of registers.

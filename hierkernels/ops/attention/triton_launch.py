@@ -108,6 +108,7 @@ def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) 
         "pairs": bool(pairs & {"full", "slots"}) or call.seed is not None,
         "padded": channels != padded(channels),
         "packed": pack > 1,
+        "stepped": max(bound.step for bound in call.key_range) > 1,
         "grouped": call.group > pack,
     }
     return configs.configuration(

@@ -124,11 +124,7 @@ def run(call: SguCall, backend: str | None) -> torch.Tensor:
     name = dispatch.requested_backend(backend)
     if name == "reference":  # plain PyTorch operations: differentiable any number of times
         return reference.causal_sgu(call)
-    out, _ = torch.ops.hierkernels.causal_sgu_forward.default(
-        call.residual, call.gate, call.weight, call.bias, call.gate_residual, call.window,
-        call.activation, _needs_grad(call), name,
-    )  # fmt: skip
-    return out
+    return schema.causal_sgu_forward(call, _needs_grad(call), name)
 
 
 def _autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:

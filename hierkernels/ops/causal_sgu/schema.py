@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from hierkernels import dispatch
+from hierkernels.eager import is_unwatched
 from hierkernels.library import LIBRARY, register
 from hierkernels.ops.attention.call import unit_stride
 from hierkernels.ops.causal_sgu.call import SguCall, new_like
@@ -67,17 +69,31 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, _: Any) -> tuple:
             *tensors, ctx.window, ctx.activation, True, ctx.backend
         )
     wanted = list(ctx.needs_input_grad[:5])
-    grads = torch.ops.hierkernels.causal_sgu_backward.default(
-        *tensors, ctx.window, ctx.activation, z, dout, wanted, ctx.backend
-    )
+    # With create_graph the gradients need a graph, which the operator makes.
+    direct = not torch.is_grad_enabled() and is_unwatched((*tensors, z, dout))
+    backward = _backward if direct else torch.ops.hierkernels.causal_sgu_backward.default
+    grads = backward(*tensors, ctx.window, ctx.activation, z, dout, wanted, ctx.backend)
     rest = iter(grads)
     return *(next(rest) if want else None for want in wanted), *(None,) * 4
 
 
-register(
+_EAGER = register(
     "causal_sgu",
     (_forward, _fake_forward),
     (_backward, _fake_backward),
     _setup_context,
     _differentiate,
 )
+
+
+def causal_sgu_forward(call: SguCall, keep: bool, backend: str) -> torch.Tensor:
+    """out: the operator, or its implementation where nobody sees the difference.
+
+    keep says whether there will be a backward. Raises NotImplementedError if `backend` is given
+    and refuses.
+    """
+    tensors = (call.residual, call.gate, call.weight, call.bias, call.gate_residual)
+    run: Callable[..., Any] = torch.ops.hierkernels.causal_sgu_forward.default
+    if is_unwatched(tensors):
+        run = _EAGER if keep else _forward
+    return run(*tensors, call.window, call.activation, keep, backend)[0]

@@ -32,8 +32,8 @@ class Config:
     num_stages: int
 
 
-# (kernel, bytes of an element, channels up to): what compiles without spills and within 99 KiB of
-# shared memory (hierkernels.ops.select_blocks.aot checks it).
+# (kernel, bytes of an element, channels up to): what compiles without spills, but for logits of
+# more than 128 channels, and within 99 KiB of shared memory (hierkernels.ops.select_blocks.aot).
 _CONFIGS = {
     ("probability", 2, 64): Config(128, 64, 8, 3),
     ("probability", 2, 128): Config(128, 64, 8, 2),

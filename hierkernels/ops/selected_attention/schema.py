@@ -101,26 +101,13 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
     return dq, dk, dv, None, dweights if weights_grad else None, *(None,) * 6
 
 
-register(
+_EAGER = register(
     _OP,
     (_forward, _fake_forward),
     (_backward, _fake_backward),
     _setup_context,
     _differentiate,
 )
-
-
-class _Eager(torch.autograd.Function):
-    """The operator and its gradient without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        # A setup_context of its own would make PyTorch inspect the signature at every call.
-        output = _forward(*args)
-        _setup_context(ctx, args, output)
-        return output
-
-    backward = staticmethod(_differentiate)
 
 
 def selected_attention_forward(
@@ -137,5 +124,5 @@ def selected_attention_forward(
         needs_graph = torch.is_grad_enabled() and any(
             [t is not None and t.requires_grad for t in tensors]
         )
-        run = _Eager.apply if needs_graph else _forward
+        run = _EAGER if needs_graph else _forward
     return run(*call.arguments(), check, backend)

@@ -30,7 +30,9 @@ def supports(call: SelectedCall) -> list[str]:
         reasons.append(f"more than {MAX_GROUP} query heads share a choice of blocks")
     Nk, columns = call.k.shape[2], plans.columns(call)
     named_keys = columns * min(call.block_size, 2 * max(Nk, 1))
-    if max(B * heads * Nq * columns, Nk, call.q.shape[:3].numel(), named_keys) >= 2**30:
+    items = 2 * B * call.k.shape[1] * (call.blocks + Nk // 16)
+    rows = call.q.shape[:3].numel()
+    if max(B * heads * Nq * max(columns, 1), Nk, rows, named_keys, items) >= 2**30:
         reasons.append("lengths or the number of named blocks beyond 32 bits")
     return reasons
 

@@ -77,12 +77,14 @@ def configuration(
         config = INTERPRETER[kernel]
     else:
         config = (_SINGLE if element_size == 4 else _HALF)[kernel, bucket]
-    block_m, block_n = config.block_m, config.block_n
+    block_m, block_n, warps = config.block_m, config.block_n, config.num_warps
     if kernel == "dkv":
         block_n = min(block_n, max(16, triton.next_power_of_2(block_size)))
     else:
         block_m = max(block_m, triton.next_power_of_2(heads))
-    return Config(block_m, block_n, config.num_warps, config.num_stages)
+        if block_m >= 64:  # rows are what the warps divide then
+            warps = 8
+    return Config(block_m, block_n, warps, config.num_stages)
 
 
 def least_chunk(target: Target, heads: int) -> int:

@@ -54,7 +54,7 @@ def invert(
     starts = torch.searchsorted(ordered, number, out_int32=True)
     sorted_weights = None if weights is None else weights.flatten()[order]
 
-    chunk = max(-(-_CHUNK * entries // blocks), least_chunk)
+    chunk = min(max(-(-_CHUNK * entries // blocks), least_chunk), entries)
     counts = starts.diff().view(pairs, blocks)
     chunks = (counts + chunk - 1).div(chunk, rounding_mode="floor").clamp(min=1)
     last_item = chunks.cumsum(1)
