@@ -22,6 +22,7 @@ class Select {
   using Index = typename Simd<F>::Signed;
   static constexpr int W = kWidth<F>;
   static_assert(kQueries % kPanel<F> == 0);
+  static constexpr F kNoBlock = -1000;  // the logit that stands for no block
 
  public:
   Select(const SelectParams& p, const Storage<F>& storage)
@@ -130,16 +131,25 @@ class Select {
     const int64_t left = p_.n_queries() - first;
     w.queries = left < kQueries ? static_cast<int>(left) : kQueries;
     set_queries(w, first);
-    const int64_t end = w.end[w.queries - 1];
-    // Where all candidates are chosen, their scores do not matter.
-    const bool scored = !probability() || end > n_;
+    // Where all candidates are chosen, their probabilities do not matter.
+    const bool scored = !probability() || w.end[w.queries - 1] > n_;
     if (scored) load_queries(w, b, head, first);
+    choose(w, b, head, scored, false);
+    // The softmax over logits only tells which blocks are too improbable; mostly it is plain that none is.
+    const bool with_sums = !probability() && !surely_probable(w);
+    if (with_sums) choose(w, b, head, scored, true);
+    finish(w, b, head, first, with_sums);
+  }
+
+  // Fills the lists; with_sums: and the maximum and sum of the softmax over logits.
+  void choose(Work& w, int64_t b, int64_t head, bool scored, bool with_sums) const {
+    const int64_t end = w.end[w.queries - 1];
     for (int lane = 0; lane < w.queries; lane += W) w.list(lane, n_).clear();
     for (int64_t j = 0; j < end; j += tile_blocks_) {
       const int64_t tile_end = j + tile_blocks_ < end ? j + tile_blocks_ : end;
       if (scored) score_tile(w, b, head, j, tile_end);
       for (int lane = 0; lane < w.queries; lane += W) {
-        if (!probability()) add_logits(w, lane, j, tile_end);
+        if (with_sums) add_logits(w, lane, j, tile_end);
         offer(w, lane, j, tile_end, scored);
       }
       if (halo_ > 0) {
@@ -147,7 +157,18 @@ class Select {
         __builtin_memmove(w.windows, w.windows + tile_blocks_ * p_.windows_per_block * kQueries, halo_ * row);
       }
     }
-    finish(w, b, head, first);
+  }
+
+  // Whether each listed block is above the least probability even if all candidates' logits equal the greatest.
+  bool surely_probable(const Work& w) const {
+    constexpr double kLogLeast = -23.0;  // ln(1e-10), rounded up
+    const Vec<F> margin = set1(static_cast<F>(::log(static_cast<double>(p_.num_blocks + 1)) + kLogLeast));
+    for (int lane = 0; lane < w.queries; lane += W) {
+      const TopBlocks<F> list = w.list(lane, n_);
+      const Vec<F> bound = max(load(list.scores), set1(kNoBlock)) + margin;
+      if (list.has_within(bound)) return false;
+    }
+    return true;
   }
 
   void set_queries(Work& w, int64_t first) const {
@@ -155,7 +176,7 @@ class Select {
     fill(p_.candidates, first, p_.num_blocks, w.queries, w.end);
     fill({p_.query_offset, p_.block_size, 1, 0, 0}, first, INT64_MAX, w.queries, w.own);
     for (int lane = 0; lane < kQueries; ++lane) {
-      w.maximum[lane] = F(-1000);  // the logit of no block
+      w.maximum[lane] = kNoBlock;
       w.sum[lane] = F(1);
     }
   }
@@ -288,9 +309,10 @@ class Select {
   }
 
   // Offers the blocks [first, tile_end) to the lists of a vector of queries.
-  void offer(Work& w, int lane, int64_t first, int64_t tile_end, bool scored) const {
+  __attribute__((noinline)) void offer(Work& w, int lane, int64_t first, int64_t tile_end, bool scored) const {
     if (tile_end > w.end[last_lane(w, lane)]) tile_end = w.end[last_lane(w, lane)];
-    with_list<F>(w.list(lane, n_), [&](auto& list) {
+    // Inline, so that short lists are in registers.
+    with_list<F>(w.list(lane, n_), [&](auto& list) __attribute__((always_inline)) {
       list.load_lists();
       offer_to(list, w, lane, first, tile_end, scored);
       list.store_lists();
@@ -315,19 +337,20 @@ class Select {
         }
       } else {
         score = load(w.windows + row(j, first) * kQueries + lane);
+        if (!plain.has(j)) score = select(allowed(w, lane, j), score, -infinity);
       }
       if (any_greater(score, threshold)) {
-        list.insert(score, j);
+        list.insert(select(score == score, score, -infinity), j);
         threshold = list.last();
       }
     }
   }
 
-  void finish(Work& w, int64_t b, int64_t head, int64_t first) const {
+  void finish(Work& w, int64_t b, int64_t head, int64_t first, bool with_sums) const {
     int32_t* out = p_.indices + ((b * p_.heads + head) * p_.n_queries() + first) * n_;
     for (int lane = 0; lane < w.queries; lane += W) {
       const TopBlocks<F> list = w.list(lane, n_);
-      if (!probability()) {
+      if (with_sums) {
         constexpr double kLogLeast = -23.025850929940457;  // ln(1e-10)
         const Vec<F> total = fma(log2(load(w.sum + lane)), set1(static_cast<F>(kLn2)), load(w.maximum + lane));
         list.drop(total + set1(static_cast<F>(kLogLeast)));

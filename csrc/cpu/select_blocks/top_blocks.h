@@ -88,6 +88,14 @@ struct TopBlocks {
     store_lanes<F>(blocks, select(beats, index, here_index));
   }
 
+  // Whether a lane has a block whose score does not exceed its bound.
+  bool has_within(Vec<F> bound) const {
+    Mask<F> found{};
+    for (int k = 0; k < n; ++k)
+      found |= (load_lanes<F>(blocks + k * stride) >= 0) & ~(load(scores + k * stride) > bound);
+    return any_greater(select(found, set1(F(1)), zero<F>()), zero<F>());
+  }
+
   // Drops the blocks whose score does not exceed the lane's threshold.
   void drop(Vec<F> threshold) const {
     for (int k = 0; k < n; ++k) {
