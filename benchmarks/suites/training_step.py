@@ -208,11 +208,12 @@ class HierarchicalCase(Case):
     def flops(self, direction: str) -> float:
         attention = 0.0
         for h in self.build().hierarchies:
-            length = self.length // h.factor  # of each of the classes
+            length = (self.length - 1) // h.factor  # of each of the classes
             window = length if h.window is None else h.window
             pairs = sum(min(i, window) + 1 for i in range(length))
             attention += 4.0 * h.classes * h.heads * h.dim_head * pairs
-        return super().flops(direction) + 3 * dict(self.options)["depth"] * attention
+        others = super().flops(direction) * (self.length - 1) / (self.judged - 1)
+        return others + 3 * dict(self.options)["depth"] * attention
 
 
 CASES = (
@@ -223,6 +224,7 @@ CASES = (
         "hierarchical",
         4097,
         (*HIERARCHICAL_OPTIONS, ("window_sizes", (512, 256))),
+        judged=1025,  # all scores in float64 would take ten gigabytes
     ),
     HierarchicalCase(
         "hierarchical-4096-w128",
@@ -230,6 +232,7 @@ CASES = (
         4097,
         (*HIERARCHICAL_OPTIONS, ("window_sizes", (128, 64))),
         quick=False,
+        judged=1025,
     ),
     HierarchicalCase(
         "hierarchical-4096-full",
@@ -237,6 +240,7 @@ CASES = (
         4097,
         HIERARCHICAL_OPTIONS,
         quick=False,
+        judged=1025,
     ),
     Case("gmlp-gpt-2048", "gmlp-gpt", 2048, GMLP_OPTIONS),
     Case(
