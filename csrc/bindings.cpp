@@ -13,6 +13,7 @@ namespace py = pybind11;
 using hierkernels::attention_params;
 using hierkernels::AttentionParams;
 using hierkernels::SelectedParams;
+using hierkernels::sgu_params;
 using hierkernels::SguParams;
 using hierkernels::tensor;
 
@@ -37,19 +38,6 @@ SelectedParams selected_params(const py::object& q, const py::object& k, const p
   p.include_own_block = include_own_block;
   p.is_causal = is_causal;
   p.scale = scale;
-  return p;
-}
-
-SguParams sgu_params(const py::object& residual, const py::object& gate, const py::object& weight, const py::object& bias,
-                     const py::object& gate_residual, int64_t window, int activation) {
-  SguParams p;
-  p.residual = tensor(residual);
-  p.gate = tensor(gate);
-  p.weight = tensor(weight);
-  p.bias = tensor(bias);
-  p.gate_residual = tensor(gate_residual);
-  p.window = window;
-  p.activation = static_cast<hierkernels::Activation>(activation);
   return p;
 }
 

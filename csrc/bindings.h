@@ -6,6 +6,7 @@
 #include <array>
 
 #include "common/attention_params.h"
+#include "common/sgu_params.h"
 #include "common/tensor.h"
 
 namespace hierkernels {
@@ -22,6 +23,10 @@ AttentionParams attention_params(const pybind11::object& q, const pybind11::obje
                                  const pybind11::object& padding, const pybind11::object& seed,
                                  const std::array<int64_t, 10>& key_range, double scale, double softcap, double dropout_p,
                                  int64_t bias_width, int64_t bias_before);
+
+// A call of the spatial gating unit, but for what it writes.
+SguParams sgu_params(const pybind11::object& residual, const pybind11::object& gate, const pybind11::object& weight,
+                     const pybind11::object& bias, const pybind11::object& gate_residual, int64_t window, int activation);
 
 // Called with every tensor that is bound, if set: the tests' emulation then knows what kernels may touch.
 extern void (*tensor_observer)(const Tensor& t);

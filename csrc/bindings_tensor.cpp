@@ -85,4 +85,17 @@ AttentionParams attention_params(const py::object& q, const py::object& k, const
   return p;
 }
 
+SguParams sgu_params(const py::object& residual, const py::object& gate, const py::object& weight, const py::object& bias,
+                     const py::object& gate_residual, int64_t window, int activation) {
+  SguParams p;
+  p.residual = tensor(residual);
+  p.gate = tensor(gate);
+  p.weight = tensor(weight);
+  p.bias = tensor(bias);
+  p.gate_residual = tensor(gate_residual);
+  p.window = window;
+  p.activation = static_cast<Activation>(activation);
+  return p;
+}
+
 }  // namespace hierkernels

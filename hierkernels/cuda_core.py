@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import ModuleType
 from typing import Any
 
@@ -41,3 +42,8 @@ def device_reasons(name: str, t: torch.Tensor) -> list[str]:
 def stream_of(t: torch.Tensor) -> int:
     """The handle of the stream that work on t goes to."""
     return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+
+
+def on_device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Inside, launches go to the device of t."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()

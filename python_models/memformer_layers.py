@@ -58,7 +58,8 @@ class Attention(nn.Module):
         real; mask broadcasts to the scores. True = may attend.
         """
         if query_mask is not None:
-            mask = rearrange(query_mask, "b n -> b 1 n 1")
+            rows = rearrange(query_mask, "b n -> b 1 n 1")
+            mask = rows if mask is None else mask & rows
         out = hk.attention(
             q, k, v, is_causal=self.is_causal, attn_bias=bias,
             attn_mask=mask, key_padding_mask=key_mask,

@@ -8,7 +8,7 @@ Shapes: B batch, N tokens, C model channels, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from math import ceil
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +22,7 @@ from python_models.arguments import check_integer, check_token_type, check_token
 from python_models.nsa_attention import PRESETS, DenseAttention, SparseAttention
 from python_models.nsa_cache import DenseCache, LayerCache
 from python_models.pretrained import Pretrained
-from python_models.sampling import Recomputation, chooser, draw_tokens
+from python_models.sampling import Recomputation, chooser, collect, draw_tokens
 
 Cache = list[LayerCache] | list[DenseCache]
 
@@ -197,6 +197,7 @@ class Transformer(Pretrained, nn.Module):
         *,
         temperature: float = 1.0,
         filter_thres: float = 0.9,
+        top_p: float = 1.0,
         use_cache_kv: bool = True,
         generator: torch.Generator | None = None,
     ) -> Generator[Tensor, None, None]:
@@ -212,6 +213,7 @@ class Transformer(Pretrained, nn.Module):
         choose = chooser(
             temperature=max(temperature, 0.0),
             filter_thres=filter_thres,
+            top_p=top_p,
             generator=generator,
             filter_logits=keep_top_rounded_up,
         )
@@ -231,7 +233,9 @@ class Transformer(Pretrained, nn.Module):
         filter_thres: float = 0.9,
         use_cache_kv: bool = False,
         *,
+        top_p: float = 1.0,
         generator: torch.Generator | None = None,
+        on_token: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Continues ``prompt (B, N)`` to seq_len tokens in all.
 
@@ -241,28 +245,30 @@ class Transformer(Pretrained, nn.Module):
             filter_thres: share of the vocabulary that is never drawn, the least likely tokens.
             use_cache_kv: keep what the layers computed instead of computing it for each token.
                 The tokens are the same.
+            top_p: draw only from the likeliest tokens that together have this probability.
             generator: source of the random numbers; None is PyTorch's default generator.
+            on_token: called with each token ``(B,)`` as soon as it is drawn.
 
         Returns:
             The new tokens alone, ``(B, seq_len - N)``.
 
         Raises:
-            TypeError, ValueError: a prompt that is empty or not of tokens; filter_thres out of
-                range; use_cache_kv of a model that is not causal.
+            TypeError, ValueError: a prompt that is empty or not of tokens; filter_thres or
+                top_p out of range; use_cache_kv of a model that is not causal.
         """
         self._check_ids("prompt", prompt)
         check_integer("seq_len", seq_len, minimum=0)
-        tokens = list(
-            self.sample_tokens(
-                prompt,
-                max(seq_len - prompt.shape[1], 0),
-                temperature=temperature,
-                filter_thres=filter_thres,
-                use_cache_kv=use_cache_kv,
-                generator=generator,
-            )
+        tokens = self.sample_tokens(
+            prompt,
+            max(seq_len - prompt.shape[1], 0),
+            temperature=temperature,
+            filter_thres=filter_thres,
+            top_p=top_p,
+            use_cache_kv=use_cache_kv,
+            generator=generator,
         )
-        return torch.stack(tokens, dim=1) if tokens else prompt.new_empty(prompt.shape[0], 0)
+        start = prompt.new_empty(prompt.shape[0], 0, dtype=torch.long)
+        return collect(tokens, start, on_token=on_token)
 
     def _unread(self, ids: Tensor, cache: Sequence[Any]) -> Tensor:
         """The tokens of ids that the cache has not seen."""

@@ -91,6 +91,14 @@ def test_automatic_choice_takes_the_first_that_supports(toy: _Backends) -> None:
     assert dispatch.resolve("toy", SimpleNamespace(device_type="xpu")).backend == "reference"
 
 
+def test_triton_comes_before_cuda(toy: _Backends) -> None:
+    """Until a committed measurement says otherwise; neither loses if the other refuses."""
+    toy.reasons |= {"triton": [], "cuda": []}
+    assert dispatch.resolve("toy", CUDA).backend == "triton"
+    toy.reasons["triton"] = ["no dtype"]
+    assert dispatch.resolve("toy", CUDA).backend == "cuda"
+
+
 def test_automatic_choice_asks_no_further(toy: _Backends) -> None:
     dispatch.resolve("toy", CPU)
     assert toy.asked == ["cpu"]
@@ -115,7 +123,7 @@ def test_backend_that_cannot_be_imported_is_a_refusal(toy: _Backends) -> None:
 
 def test_no_backend_at_all_lists_every_reason(toy: _Backends) -> None:
     toy.reasons["reference"] = ["not today"]
-    with pytest.raises(NotImplementedError, match=r"too old.*no dtype.*no device.*not today"):
+    with pytest.raises(NotImplementedError, match=r"no dtype.*no device.*too old.*not today"):
         dispatch.resolve("toy", CUDA)
 
 

@@ -48,18 +48,45 @@ void bind_attention(py::module_& m) {
         });
 }
 
+void bind_sgu(py::module_& m) {
+  m.def("cuda_sgu_forward", [](Object residual, Object gate, Object weight, Object bias, Object gate_residual, int64_t window,
+                               int activation, Object out, Object z, uintptr_t stream) {
+    SguParams p = sgu_params(residual, gate, weight, bias, gate_residual, window, activation);
+    p.out = tensor(out);
+    p.z = tensor(z);
+    cuda::sgu_forward(p, handle(stream));
+  });
+  m.def("cuda_sgu_weight_splits", [](Object residual, Object gate, Object weight, Object bias, Object gate_residual,
+                                     int64_t window, int activation) {
+    return cuda::sgu_weight_splits(sgu_params(residual, gate, weight, bias, gate_residual, window, activation));
+  });
+  m.def("cuda_sgu_backward", [](Object residual, Object gate, Object weight, Object bias, Object gate_residual,
+                                int64_t window, int activation, Object z, Object dout, Object dresidual, Object dgate,
+                                Object dweight, Object sums, Object dgate_residual, uintptr_t stream) {
+    SguParams p = sgu_params(residual, gate, weight, bias, gate_residual, window, activation);
+    p.z = tensor(z);
+    p.dout = tensor(dout);
+    p.dresidual = tensor(dresidual);
+    p.dgate = tensor(dgate);
+    p.dweight = tensor(dweight);
+    p.dgate_residual = tensor(dgate_residual);
+    cuda::sgu_backward(p, tensor(sums), handle(stream));
+  });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   m.attr("cuda_version") = cuda::runtime_version();
-  m.attr("cuda_kernels") = "attention";  // the operators that follow, for hierkernels.info
+  m.attr("cuda_kernels") = "attention, causal_sgu";  // the operators that follow, for hierkernels.info
   m.def("cuda_kernel_table", [] {  // (name, threads, bytes of shared memory) of each kernel
     py::list table;
-    for (const cuda::KernelInfo& k : cuda::attention_kernels())
-      table.append(py::make_tuple(k.name, k.threads, k.shared_bytes));
+    for (const auto& kernels : {cuda::attention_kernels(), cuda::sgu_kernels()})
+      for (const cuda::KernelInfo& k : kernels) table.append(py::make_tuple(k.name, k.threads, k.shared_bytes));
     return table;
   });
   bind_attention(m);
+  bind_sgu(m);
 }
 
 }  // namespace hierkernels

@@ -163,7 +163,11 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
     tile = "x".join(map(str, blocks[:2])) + f" w{options['num_warps']}s{options['num_stages']}"
     tile += f" {arguments.get('LOOP', '')}"
     name = launch.kernel.__name__.removesuffix("_kernel")
-    name = re.sub("^_(attention|causal_sgu|selected_attention|select_blocks)_", "", name)
+    name = re.sub(
+        "^_(attention|causal_sgu|selected_attention|select_blocks|native_sparse_attention)_",
+        "",
+        name,
+    )
     return Report(
         case.name, case.channels, arch, name, tile, number(r"Used (\d+) registers"), spills,
         number(r"(\d+) bytes spill loads"), shared, products, round(seconds, 1),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from python_models.layers import gumbel_sample
+from python_models.registry import MODELS, continue_bytes
 from python_models.sampling import chooser, collect, keep_nucleus, multinomial_sample
 
 PROBABILITIES = torch.tensor([0.15, 0.4, 0.05, 0.3, 0.1], dtype=torch.float64)
@@ -102,3 +103,21 @@ def test_collect_closes_the_iterator_if_the_callback_fails() -> None:
     with pytest.raises(RuntimeError, match="enough"):
         collect(_tokens(closed), torch.zeros(2, 0, dtype=torch.long), on_token=fail)
     assert closed == [True]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_takes_the_settings(name: str) -> None:
+    entry = MODELS[name]
+    options = entry.parse((), "tiny")
+    model = entry.make(options).eval()
+
+    def draw(**settings: float) -> bytes:
+        generator = torch.Generator().manual_seed(1)
+        fixed = {"window": entry.window(options), "generator": generator}
+        return bytes(continue_bytes(entry, model, b"def ", 12, **fixed, **settings))
+
+    free = draw(temperature=2.0, filter_thres=0.0, top_p=1.0)
+    assert len(free) == 12
+    assert draw(temperature=2.0, filter_thres=0.0, top_p=1.0) == free
+    likeliest = draw(temperature=0.0, filter_thres=0.0, top_p=1.0)
+    assert draw(temperature=2.0, filter_thres=0.0, top_p=1e-6) == likeliest != free

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from hierkernels.ops.native_sparse_attention.gated_sum import gated_sum
 from hierkernels.ops.native_sparse_attention.spec import NsaCase
 from hierkernels.ops.native_sparse_attention.testing import (
     check_accuracy,
@@ -50,6 +51,40 @@ CASES = (
 def test_accuracy(case: NsaCase, dtype: torch.dtype) -> None:
     with poisoned_memory():
         check_accuracy(make_inputs(case, dtype), "triton")
+
+
+def _tensor(*shape: int, tokens_first: bool = False) -> torch.Tensor:
+    B, H, N, D = shape
+    if tokens_first:
+        return torch.randn(B, N, H, D).transpose(1, 2)
+    return torch.randn(shape)
+
+
+@pytest.mark.parametrize("D", [1, 24, 128])
+def test_gated_sum(D: int) -> None:
+    """Against the sum written out; each tensor has a layout of its own."""
+    shape = (2, 3, 11)
+    parts = [_tensor(*shape, D, tokens_first=first) for first in (False, True, False)]
+    parts[2] = torch.randn(2, 3, D, 11).mT  # channels apart: copied
+    gates = _tensor(*shape, 3, tokens_first=True)
+    dout = torch.randn(2, 3, 1, D).expand(*shape, D)
+    leaves = [t.requires_grad_() for t in (gates, *parts)]
+    expected = torch.einsum("bhns,bhnsd->bhnd", gates, torch.stack(parts, dim=-2))
+    with poisoned_memory():
+        out = gated_sum(gates, (parts[0], parts[1], parts[2]), "triton")
+        grads = torch.autograd.grad(out, leaves, dout)
+    torch.testing.assert_close(out, expected)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, leaves, dout), strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_gated_sum_of_nothing() -> None:
+    parts = [torch.zeros(2, 3, 0, 8, requires_grad=True) for _ in range(3)]
+    gates = torch.zeros(2, 3, 0, 3, requires_grad=True)
+    out = gated_sum(gates, (parts[0], parts[1], parts[2]), "triton")
+    assert out.shape == (2, 3, 0, 8)
+    out.sum().backward()
+    assert gates.grad is not None and gates.grad.shape == gates.shape
 
 
 def test_chooses_what_the_reference_chooses() -> None:

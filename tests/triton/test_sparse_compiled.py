@@ -1,4 +1,4 @@
-"""The kernels of block selection and selected attention compiled ahead of time, without a GPU.
+"""The kernels of the sparse operators compiled ahead of time, without a GPU.
 
 The whole of each quick set is compiled once, in processes of its own (this one may interpret).
 """
@@ -17,11 +17,16 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from hierkernels.ops.native_sparse_attention import aot as native_sparse_attention
 from hierkernels.ops.select_blocks import aot as select_blocks
 from hierkernels.ops.selected_attention import aot as selected_attention
 from hierkernels.triton_common.aot import ARCHITECTURES
 
-OPS = {"select_blocks": select_blocks, "selected_attention": selected_attention}
+OPS = {
+    "native_sparse_attention": native_sparse_attention,
+    "select_blocks": select_blocks,
+    "selected_attention": selected_attention,
+}
 Reports = dict[tuple[str, int, str, int], list[dict]]  # op, architecture, case, channels
 
 
@@ -62,6 +67,8 @@ def _check(op: str, reports: list[dict]) -> None:
     kernels = {report["kernel"] for report in reports}
     if op == "selected_attention":
         assert kernels >= {"lists", "forward", "backward_dq", "backward_dkv"}
+    elif op == "native_sparse_attention":
+        assert kernels == {"sum_forward", "sum_backward"}
     else:
         assert len(kernels) == 1
     assert not [f"{r['kernel']} {r['tile']}: {r['problem']}" for r in reports if r["problem"]]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
-from hierkernels.cuda_core import core, device_reasons, stream_of
+from hierkernels.cuda_core import core, device_reasons, on_device_of, stream_of
 from hierkernels.ops.attention.call import AttentionCall
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,17 +31,12 @@ def supports(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def _device(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the current device."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse)."""
     out, lse = call.new_outputs()
     if out.numel() == 0 or call.k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    with _device(call.q):
+    with on_device_of(call.q):
         core().cuda_attention_forward(*call.arguments(), out, lse, stream_of(call.q))
     return out, lse
 
@@ -67,7 +60,7 @@ def backward(
     if bias is not None:
         slices = core().cuda_attention_bias_slices(*call.arguments())
         parts = lse.new_empty(slices, bias.numel())
-    with _device(call.q):
+    with on_device_of(call.q):
         core().cuda_attention_backward(
             *call.arguments(), out, lse, dout, dlse, dq, dk, dv, parts, delta, stream_of(call.q)
         )

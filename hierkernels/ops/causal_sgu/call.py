@@ -16,6 +16,13 @@ def new_like(t: torch.Tensor) -> torch.Tensor:
     return t.new_empty(t.shape)
 
 
+def fold_bias(sums: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """(N, H) by token -> (H, rows) by row of the bucket, in the dtype of the bias."""
+    rows = bias.shape[1]
+    padded = torch.nn.functional.pad(sums, (0, 0, 0, -sums.shape[0] % rows))
+    return padded.unflatten(0, (-1, rows)).sum(0).mT.contiguous().to(bias.dtype)
+
+
 @dataclass(slots=True)
 class SguCall:
     """The arguments of one call; shapes, dtypes and devices are checked."""

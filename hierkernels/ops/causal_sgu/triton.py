@@ -8,7 +8,7 @@ import torch
 import triton
 
 from hierkernels.ops.causal_sgu import triton_launch as plans
-from hierkernels.ops.causal_sgu.call import SguCall, new_like
+from hierkernels.ops.causal_sgu.call import SguCall, fold_bias, new_like
 from hierkernels.triton_common.device import device_reasons
 from hierkernels.triton_common.launch import Launch, Target
 
@@ -71,12 +71,5 @@ def backward(
         _run(launches)
         dweight = (partial[0] if len(partial) == 1 else partial.sum(0)).to(call.weight.dtype)
     if sums is not None:
-        dbias = _fold(sums.sum(0), call.bias)
+        dbias = fold_bias(sums.sum(0), call.bias)
     return dresidual, dgate, dweight, dbias, dmix
-
-
-def _fold(sums: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """(N, H) by token -> (H, rows) by row of the bucket, in the dtype of the bias."""
-    rows = bias.shape[1]
-    padded = torch.nn.functional.pad(sums, (0, 0, 0, -sums.shape[0] % rows))
-    return padded.unflatten(0, (-1, rows)).sum(0).mT.contiguous().to(bias.dtype)
