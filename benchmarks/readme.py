@@ -32,6 +32,11 @@ _TABLES = {
         (),
     ),
     "causal_sgu": ("`hk.causal_sgu`, 4 heads, against masked einsum; (B, N, C)", "eager", ()),
+    "native_sparse_attention": (
+        "layer of native sparse attention against native-sparse-attention-pytorch; tokens",
+        "package",
+        (),
+    ),
     "training_step": ("a training step against the original package; bytes", "package", ()),
 }
 

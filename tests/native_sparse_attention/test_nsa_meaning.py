@@ -80,6 +80,14 @@ def test_all_blocks_selected_is_dense_attention(preset: str, N: int, backend: st
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
+def test_both_ways_sees_the_own_block(backend: str) -> None:
+    """Two blocks, one to select: each query selects the other one and has its own beside it."""
+    inputs = make_inputs(case("seed", 16, n=1, is_causal=False), F64)
+    out = call(inputs, backend, **gates(inputs, 0, 1, 0))
+    expected = hk.attention(inputs.q, inputs.k, inputs.v, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
 def test_window(preset: str, backend: str) -> None:
     """6 keys with the query's own, or 6 before it and its own."""
     inputs = make_inputs(case(preset), F64)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import hierkernels as hk
 from hierkernels.native import native
 from hierkernels.ops.selected_attention import cpu, reference
+from hierkernels.ops.selected_attention.call import SelectedCall
 from hierkernels.ops.selected_attention.patterns import PATTERNS
 from hierkernels.ops.selected_attention.spec import CORRECTNESS, Case, dtype_name
 from hierkernels.ops.selected_attention.testing import (
@@ -238,6 +239,46 @@ def test_equal_keys_share_the_weight() -> None:
     expected = torch.cat((v[:, :, :8], v[:, :, 16:24]), 2).mean(2)
     torch.testing.assert_close(out[:, :, -1], expected.expand(1, 2, 16))
     torch.testing.assert_close(lse, torch.full_like(lse, 1.6e9))
+
+
+@needs_core
+@pytest.mark.slow  # reserves 12 GiB of addresses (it touches little of them)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_offsets_beyond_32_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each tensor's second sequence starts 2**31 + 64 elements after the first.
+    far = 2**31 + 64
+    memory = torch.empty(far + 2**22, dtype=dtype)
+    used = 0
+
+    def place(t: torch.Tensor) -> torch.Tensor:
+        nonlocal used
+        view = memory.as_strided(t.shape, (far, *t[0].contiguous().stride()), used)
+        used += t[0].numel() + 64
+        assert used < 2**22
+        return view.copy_(t)
+
+    def place_empty(t: torch.Tensor) -> torch.Tensor:
+        return place(torch.full(t.shape, math.nan, dtype=dtype))
+
+    near = make_inputs(CASES["n130"], dtype)
+    inputs = replace(near, q=place(near.q), k=place(near.k), v=place(near.v), dout=place(near.dout))
+    call = inputs.call()
+    monkeypatch.setattr(
+        SelectedCall,
+        "new_outputs",
+        lambda self: (place_empty(near.dout), torch.full(near.dout.shape[:3], math.nan)),
+    )
+    monkeypatch.setattr(
+        SelectedCall,
+        "new_gradients",
+        lambda self: tuple(map(place_empty, (near.q, near.k, near.v))),
+    )
+    with threads():
+        out, lse = cpu.forward(call)
+        assert out.stride(0) == far
+        dq, dk, dv, _ = cpu.backward(call, out, lse, inputs.dout, None, False)
+    monkeypatch.undo()
+    check_accuracy(near, {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv})
 
 
 @needs_core

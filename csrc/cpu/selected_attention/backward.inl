@@ -20,6 +20,8 @@ namespace hierkernels {
 namespace HK_ISA {
 namespace {
 
+constexpr int kAhead = 4;  // visitors
+
 template <class F>
 class SelectedBackward {
   static constexpr int W = kWidth<F>;
@@ -114,7 +116,7 @@ class SelectedBackward {
 
   // Ranges of queries for the tasks of a head, and chunks of a range, whose dQ is in scratch at the same time.
   void plan(int64_t threads) {
-    constexpr int64_t kPartialBudget = int64_t{512} << 20, kChunkBudget = int64_t{4} << 20, kLeastQueries = 64;
+    constexpr int64_t kPartialBudget = int64_t{256} << 20, kChunkBudget = int64_t{4} << 20, kLeastQueries = 64;
     const int64_t pairs = p_.batch() * p_.kv_heads(), queries = p_.n_queries();
     splits_ = 1;
     if (pairs > 0 && pairs < 4 * threads) {
@@ -206,7 +208,8 @@ class SelectedBackward {
       clear(w.dv, 0, keys * padded_v_);
     }
     if (rows > 0) {
-      const Rows k_rows = rows_of(p_.k, storage_, w.b, w.kv_head, 1), v_rows = rows_of(p_.v, storage_, w.b, w.kv_head, 1);
+      const Rows k_rows = rows_of(p_.k, storage_, w.b, w.kv_head, 1);
+      const Rows v_rows = rows_of(p_.v, storage_, w.b, w.kv_head, 1);
       storage_.transpose(k_rows, key, keys, dim_, static_cast<F>(p_.scale * kLog2E), w.k_tiles, W);
       storage_.transpose(v_rows, key, keys, dim_v_, F(1), w.v_tiles, W);
       const F* k = w.k;
@@ -217,18 +220,19 @@ class SelectedBackward {
       } else {
         storage_.load(k_rows, key, keys, dim_, w.k, padded_);
       }
-      const Visitor* visitors = w.index.visitors(block);
+      const Visitor* const visitors = w.index.visitors(block);
+      const Visitor* const visitors_end = visitors + w.index.count(block);
       for (int64_t r = 0; r < rows; r += kGatheredRows, dk.update = dv.update = Update::kAdd)
-        row_tile(w, visitors, r, static_cast<int>(rows - r < kGatheredRows ? rows - r : kGatheredRows), key, keys, k,
-                 k_stride, dk, dv);
+        row_tile(w, visitors, visitors_end, r,
+                 static_cast<int>(rows - r < kGatheredRows ? rows - r : kGatheredRows), key, keys, k, k_stride, dk, dv);
     }
     if (direct) store_keys(w.b, w.kv_head, key, keys, w.dk, w.dv);
   }
 
   // Rows [first, first + n) of those that visit a block: row r is head r % heads of visitor r / heads.
-  void row_tile(Work& w, const Visitor* visitors, int64_t first, int n, int64_t key, int keys, const F* k,
-                int64_t k_stride, const Target<F>& dk, const Target<F>& dv) const {
-    gather(w, visitors, first, n, key, keys);
+  void row_tile(Work& w, const Visitor* visitors, const Visitor* visitors_end, int64_t first, int n, int64_t key,
+                int keys, const F* k, int64_t k_stride, const Target<F>& dk, const Target<F>& dv) const {
+    gather(w, visitors, visitors_end, first, n, key, keys);
     multiply_block_keys(n, w.q, padded_, w.k_tiles, keys, dim_, w.scores, stride_);
     multiply_block_keys(n, w.dout, padded_v_, w.v_tiles, keys, dim_v_, w.dp, stride_);
     gradient_rows(w.rows, n, keys, p_.weights.data != nullptr, static_cast<F>(p_.scale), w.scores, w.dp, stride_);
@@ -247,7 +251,25 @@ class SelectedBackward {
         if (w.rows.dweight[r]) *w.rows.dweight[r] += w.rows.weight_sum[r];
   }
 
-  void gather(Work& w, const Visitor* visitors, int64_t first, int n, int64_t key, int keys) const {
+  // Rows lie anywhere: those of a visitor to come are asked for.
+  HK_INLINE void ask_for(Work& w, int32_t item, int64_t heads) const {
+    const int64_t choices = p_.choices(), group = p_.group(), i = item / choices, head = item % choices * heads;
+    const auto ask = [&](const Tensor& t) {
+      const int64_t head_step = t.stride[1] * storage_.bytes;
+      const char* row = rows_of(t, storage_, w.b, w.kv_head, group).data + head * head_step +
+                        (w.first_query + i) * t.stride[2] * storage_.bytes;
+      for (int64_t h = 0; h < heads; ++h) prefetch(row + h * head_step, t.size[3] * storage_.bytes);
+    };
+    ask(p_.q);
+    ask(p_.dout);
+    if (storage_.native)
+      ask(p_.dq);
+    else
+      prefetch(w.dq + (i * group + head) * padded_, heads * padded_ * static_cast<int64_t>(sizeof(F)));
+  }
+
+  void gather(Work& w, const Visitor* visitors, const Visitor* visitors_end, int64_t first, int n, int64_t key,
+              int keys) const {
     const int64_t group = p_.group(), choices = p_.choices(), heads = group / choices;
     const Rows q_rows = rows_of(p_.q, storage_, w.b, w.kv_head, group);
     const Rows dout_rows = rows_of(p_.dout, storage_, w.b, w.kv_head, group);
@@ -256,6 +278,7 @@ class SelectedBackward {
     const Visitor* visitor = visitors + first / heads;
     int64_t skip = first % heads;  // heads that the tile before took
     for (int r = 0; r < n; ++visitor, skip = 0) {
+      if (visitor + kAhead < visitors_end) ask_for(w, visitor[kAhead].item, heads);
       const int64_t i = visitor->item / choices, c = visitor->item % choices, head = c * heads + skip;
       const int count = static_cast<int>(heads - skip < n - r ? heads - skip : n - r);
       const int64_t query = w.first_query + i, row = query * group + head;
@@ -277,9 +300,10 @@ class SelectedBackward {
         rows.delta[r] = w.delta[at];
         rows.weight[r] = weight;
         rows.dweight[r] = dweight;
-        rows.dq[r] = storage_.native
-                         ? reinterpret_cast<F*>(dq_rows.data) + query * dq_rows.token_stride + (head + h) * dq_rows.head_stride
-                         : w.dq + at * padded_;
+        rows.dq[r] = w.dq + at * padded_;
+        if (storage_.native)
+          rows.dq[r] = reinterpret_cast<F*>(dq_rows.data) + query * dq_rows.token_stride +
+                       (head + h) * dq_rows.head_stride;
       }
     }
   }
@@ -321,8 +345,8 @@ class SelectedBackward {
   bool k_in_place_;
   int64_t splits_, chunk_, chunks_;  // ranges; queries of a chunk at most; chunks of a range
   ScratchLayout layout_;
-  size_t rows_at_, scores_at_, dp_at_, q_at_, dout_at_, dq_tile_at_, k_tiles_at_, v_tiles_at_, k_at_, dk_at_, dv_at_, sums_at_,
-      lse_at_, lse_low_at_, delta_at_, dq_at_, seen_at_, begins_at_, visitors_at_;
+  size_t rows_at_, scores_at_, dp_at_, q_at_, dout_at_, dq_tile_at_, k_tiles_at_, v_tiles_at_, k_at_, dk_at_, dv_at_,
+      sums_at_, lse_at_, lse_low_at_, delta_at_, dq_at_, seen_at_, begins_at_, visitors_at_;
 };
 
 }  // namespace

@@ -81,7 +81,8 @@ void sum_over_rows(int n, const F* weights, int64_t stride, int keys, const F* x
 
 // out(row r) = sum over keys of weights[r * stride + key] * x(key).
 template <class F>
-void sum_over_keys(int n, const F* weights, int64_t stride, int keys, const F* x, int64_t x_stride, int padded, F* out) {
+void sum_over_keys(int n, const F* weights, int64_t stride, int keys, const F* x, int64_t x_stride, int padded,
+                   F* out) {
   constexpr int W = kWidth<F>;
   for_each_part(padded / W, kMaxColumns, [&](int column, int columns) {
     for_each_part(n, kMaxRows[columns], [&](int r, int part) {

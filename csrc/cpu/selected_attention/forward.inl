@@ -1,5 +1,5 @@
-// The forward kernel: one query at a time, whose heads that share a choice of blocks are the rows; the keys it visits are
-// columns, as many at a time as scores fit the caches; online softmax in base 2.
+// The forward kernel: one query at a time, whose heads that share a choice of blocks are the rows; the keys it visits
+// are columns, as many at a time as scores fit the caches; online softmax in base 2.
 #pragma once
 #include <omp.h>
 
@@ -56,8 +56,10 @@ class SelectedForward {
     if (pairs * queries == 0) return;
     const int64_t size = prepared_ ? k_.size() + v_.size() : 0;
     const int64_t wave = pairs_at_once(pairs, size * static_cast<int64_t>(sizeof(F)));
-    F* copies = size ? reinterpret_cast<F*>(thread_scratch(ScratchUse::kShared, static_cast<size_t>(wave * size) * sizeof(F)))
-                     : nullptr;
+    F* copies = nullptr;
+    if (size)
+      copies = reinterpret_cast<F*>(
+          thread_scratch(ScratchUse::kShared, static_cast<size_t>(wave * size) * sizeof(F)));
     const int64_t parts = (queries + kQueriesOfTask - 1) / kQueriesOfTask;
 #pragma omp parallel
     {
@@ -146,8 +148,8 @@ class SelectedForward {
       if (w.n_tiles == 0) return;
       multiply_tile_list(n, q, q_stride, w.tiles, w.n_tiles, k_.dim(), w.scores, stride_);
       softmax(w, n);
-      multiply_run_list<F>(n, w.scores, stride_, w.runs, w.n_runs, prepared_ || v_.in_place() ? v_.row_stride() : v_.padded(),
-                           v_.dim(), {w.out, v_.padded(), update, w.rows.rescale});
+      multiply_run_list<F>(n, w.scores, stride_, w.runs, w.n_runs, v_.row_stride(), v_.dim(),
+                           {w.out, v_.padded(), update, w.rows.rescale});
       update = Update::kRescale;
       w.n_tiles = w.n_runs = 0;
     };

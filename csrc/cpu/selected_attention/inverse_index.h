@@ -20,7 +20,8 @@ class InverseIndex {
     return queries * p.choices() * (p.named() + (p.include_own_block ? 1 : 0));
   }
 
-  InverseIndex(const SelectedParams& p, int64_t* begins, Visitor* visitors) : p_(p), begins_(begins), visitors_(visitors) {}
+  InverseIndex(const SelectedParams& p, int64_t* begins, Visitor* visitors)
+      : p_(p), begins_(begins), visitors_(visitors) {}
 
   void build(VisitWalker& walker, int64_t b, int64_t kv_head, int64_t first, int64_t queries) {
     const int64_t choices = p_.choices(), size = begins_size(p_);

@@ -88,7 +88,8 @@ void prepare_pairs(const KeySide<F>* const (&sides)[kSides], int64_t kv_heads, i
     const int64_t pair = task / parts, key = task % parts * kPart, left = n_keys - key;
     F* copy = copies + pair * size;
     for (const KeySide<F>* side : sides) {
-      side->prepare(copy, (first + pair) / kv_heads, (first + pair) % kv_heads, key, left < kPart ? static_cast<int>(left) : kPart);
+      side->prepare(copy, (first + pair) / kv_heads, (first + pair) % kv_heads, key,
+                    left < kPart ? static_cast<int>(left) : kPart);
       copy += side->size();
     }
   }
