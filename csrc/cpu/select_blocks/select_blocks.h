@@ -8,10 +8,11 @@
 namespace hierkernels {
 
 // `merged` query heads choose together. With lse, a window's score is the sum of their probabilities, and a block's the
-// sum of its windows', once for each chunk of tokens in common. Without, a window is a block and its score the logit.
+// sum of its windows', once for each chunk of tokens in common. Without, a window is a block and its score the logit of
+// the queries' mean.
 struct SelectParams {
   Tensor q;    // (B, heads * merged, Nq, D), last stride 1
-  Tensor k;    // (B, Hk, W, D), last stride 1
+  Tensor k;    // (B, Hk, W, D), last stride 1; without lse float32 (float64 if q is)
   Tensor lse;  // optional (B, heads * merged, Nq), float32 (float64 if q is), contiguous
   int32_t* indices = nullptr;  // (B, heads, Nq, num_selected): ascending, then -1
   int64_t heads = 1, merged = 1;

@@ -27,6 +27,7 @@ class Select {
   Select(const SelectParams& p, const Storage<F>& storage)
       : p_(p),
         storage_(storage),
+        k_storage_(p.lse ? storage : storage_of<F, F>()),
         dim_(static_cast<int>(p.dim())),
         padded_(round_up(dim_, W)),
         n_(static_cast<int>(p.num_selected)),
@@ -34,9 +35,10 @@ class Select {
         tile_blocks_(p.windows_per_block < kTileWindows ? kTileWindows / p.windows_per_block : 1) {
     const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
     rows_ = tile_blocks_ * p.windows_per_block + halo_;
-    q_at_ = part(p.merged * dim_ * kQueries);
-    lse_at_ = part(p.merged * kQueries);
-    k_at_ = part(storage.native ? 0 : rows_ * padded_);
+    q_at_ = part(scored_heads() * dim_ * kQueries);
+    rows_at_ = part(probability() ? 0 : 2 * kQueries * padded_);
+    lse_at_ = part(scored_heads() * kQueries);
+    k_at_ = part(k_storage_.native ? 0 : rows_ * padded_);
     windows_at_ = part(rows_ * kQueries);
     scores_at_ = part(static_cast<int64_t>(n_) * kQueries);
     blocks_at_ = part(static_cast<int64_t>(n_) * kQueries);
@@ -68,7 +70,7 @@ class Select {
 
  private:
   struct Work {
-    F *q, *lse, *k, *windows, *scores, *weights;
+    F *q, *rows, *lse, *k, *windows, *scores, *weights;
     Index* blocks;
     F *maximum, *sum;            // of the logits' softmax
     Index *visible, *end, *own;  // of each query: the windows and the blocks below which it sees, and its block
@@ -77,6 +79,7 @@ class Select {
 
     Work(const Select& s, char* scratch)
         : q(at<F>(scratch, s.q_at_)),
+          rows(at<F>(scratch, s.rows_at_)),
           lse(at<F>(scratch, s.lse_at_)),
           k(at<F>(scratch, s.k_at_)),
           windows(at<F>(scratch, s.windows_at_)),
@@ -118,6 +121,8 @@ class Select {
   }
 
   bool probability() const { return static_cast<bool>(p_.lse); }
+  // Probabilities are summed over the heads; of logits, it is the queries that are averaged.
+  int64_t scored_heads() const { return probability() ? p_.merged : 1; }
   // The first window that overlaps block j but none before it.
   int64_t first_window(int64_t j) const { return j * p_.windows_per_block - p_.first_chunk; }
 
@@ -169,13 +174,25 @@ class Select {
     }
   }
 
+  // The mean over the heads of each query, in panels.
+  void average_queries(Work& w, int64_t b, int64_t head, int64_t first) const {
+    F* const other = w.rows + kQueries * padded_;
+    for (int64_t h = 0; h < p_.merged; ++h) {
+      const Rows rows = rows_of(p_.q, storage_, b, head * p_.merged + h, 1);
+      storage_.load(rows, first, w.queries, dim_, h == 0 ? w.rows : other, padded_);
+      for (int64_t x = 0; h > 0 && x < w.queries * padded_; x += W) store(w.rows + x, load(w.rows + x) + load(other + x));
+    }
+    transpose_rows<F, F>({reinterpret_cast<char*>(w.rows), padded_, 0, 1}, 0, w.queries, dim_, F(1) / p_.merged, w.q,
+                         kPanel<F>);
+  }
+
   // The queries of each head in panels, channel by channel, and their lse in base 2.
   void load_queries(Work& w, int64_t b, int64_t head, int64_t first) const {
+    if (!probability()) return average_queries(w, b, head, first);
     for (int64_t h = 0; h < p_.merged; ++h) {
       const int64_t q_head = head * p_.merged + h;
       storage_.transpose(rows_of(p_.q, storage_, b, q_head, 1), first, w.queries, dim_, F(1),
                          w.q + h * dim_ * kQueries, kPanel<F>);
-      if (!probability()) continue;
       const F* lse = p_.lse.as<F>() + (b * p_.q.size[1] + q_head) * p_.n_queries() + first;
       for (int lane = 0; lane < kQueries; ++lane)
         w.lse[h * kQueries + lane] = lane < w.queries ? static_cast<F>(lse[lane] * kLog2E) : F(0);
@@ -190,14 +207,14 @@ class Select {
     if (begin < 0) begin = 0;
     if (end > w.visible[w.queries - 1]) end = w.visible[w.queries - 1];
     if (begin >= end) return;
-    const Rows keys = rows_of(p_.k, storage_, b, head * p_.merged * p_.k.size[1] / p_.q.size[1], 1);
+    const Rows keys = rows_of(p_.k, k_storage_, b, head * p_.merged * p_.k.size[1] / p_.q.size[1], 1);
     const F* k = w.k;
     int64_t k_stride = padded_;
-    if (storage_.native) {
+    if (k_storage_.native) {
       k_stride = keys.token_stride;
       k = reinterpret_cast<const F*>(keys.data) + begin * k_stride;
     } else {
-      storage_.load(keys, begin, static_cast<int>(end - begin), dim_, w.k, padded_);
+      k_storage_.load(keys, begin, static_cast<int>(end - begin), dim_, w.k, padded_);
     }
     const F scale = static_cast<F>(probability() ? p_.scale * kLog2E : p_.scale);
     for (int lane = 0; lane < w.queries; lane += kPanel<F>) {
@@ -206,7 +223,7 @@ class Select {
       const int64_t all_see = w.visible[lane], last = w.visible[lane + lanes - 1];
       const int windows = static_cast<int>((last < end ? last : end) - begin);
       if (windows <= 0) continue;
-      for (int64_t h = 0; h < p_.merged; ++h)
+      for (int64_t h = 0; h < scored_heads(); ++h)
         for_each_part(windows, kMaxRows[columns], [&](int x, int count) {
           const bool edge = begin + x + count > all_see;
           score_windows<F>(count, columns,
@@ -324,10 +341,11 @@ class Select {
 
   const SelectParams& p_;
   const Storage<F>& storage_;
+  const Storage<F> k_storage_;
   int dim_, padded_, n_;
   int64_t halo_, tile_blocks_, rows_ = 0;
   ScratchLayout layout_;
-  size_t q_at_, lse_at_, k_at_, windows_at_, scores_at_, blocks_at_, weights_at_, total_at_, ends_at_;
+  size_t q_at_, rows_at_, lse_at_, k_at_, windows_at_, scores_at_, blocks_at_, weights_at_, total_at_, ends_at_;
 };
 
 }  // namespace

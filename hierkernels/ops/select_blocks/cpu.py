@@ -25,28 +25,23 @@ def supports(call: SelectCall) -> list[str]:
     return reasons
 
 
-def _mean_logits(call: SelectCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """(q, k) whose products are the blocks' mean logits."""
-    q, k = call.q, call.k_cmp
-    if call.shared and call.group > 1:
-        q = q.unflatten(1, (-1, call.group)).mean(2, dtype=call.lse_dtype)
+def _mean_keys(call: SelectCall) -> torch.Tensor:
+    """The blocks' mean keys (B, Hkv, J, D), whose products with q are the mean logits."""
     J, r = call.num_blocks, call.windows_per_block
-    k = k[:, :, : J * r].unflatten(2, (J, r)).mean(3, dtype=call.lse_dtype)
-    return q.to(call.lse_dtype), k
+    return call.k_cmp[:, :, : J * r].to(call.lse_dtype).unflatten(2, (J, r)).mean(3)
 
 
 def forward(call: SelectCall) -> torch.Tensor:
     """indices."""
     indices = call.new_indices()
-    q, k, visible, r, chunks, first_chunk = (
-        call.q, call.k_cmp, call.visible.hi, call.windows_per_block, call.chunks_per_window,
+    k, visible, r, chunks, first_chunk = (
+        call.k_cmp, call.visible.hi, call.windows_per_block, call.chunks_per_window,
         call.first_chunk,
     )  # fmt: skip
     if call.lse is None:  # a block is a window of its own
-        q, k = _mean_logits(call)
-        visible, r, chunks, first_chunk = call.candidates.hi, 1, 1, 0
+        k, visible, r, chunks, first_chunk = _mean_keys(call), call.candidates.hi, 1, 1, 0
     native().select_blocks(
-        q, k, call.lse, call.heads, visible, call.candidates.hi,
+        call.q, k, call.lse, call.heads, visible, call.candidates.hi,
         (
             call.num_blocks, r, chunks, first_chunk, call.block_size, call.query_offset,
             call.num_selected, call.num_initial, call.num_local,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from hierkernels.key_range import KeyRange, Staircase
@@ -40,11 +42,11 @@ def probabilities(
     for key_range in _ranges(call):
         blocks = attention.make_call(q, k, k[..., :1], scale=call.scale, key_range=key_range)
         total = torch.logaddexp(total, attention.run(blocks, backend)[1])
-    if J == 0:
-        return torch.zeros_like(indices, dtype=call.lse_dtype)
     if not call.shared:
         k = k.repeat_interleave(call.group, 1)
     B, H, N, n = indices.shape
+    if J == 0:  # nothing to gather from
+        return torch.exp(q.new_full(indices.shape, -math.inf) - total[..., None])
     at = indices.clamp(min=0).flatten(2).long()[..., None].expand(B, H, N * n, k.shape[3])
     scores = torch.einsum("bhid,bhind->bhin", q, k.gather(2, at).unflatten(2, (N, n))) * call.scale
     # Hidden before the exponential: one that overflows would have the gradient 0 * inf.

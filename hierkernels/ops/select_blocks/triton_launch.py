@@ -50,8 +50,9 @@ _CONFIGS = {
 }
 # The interpreter runs one program at a time on a CPU: few tiles, but several in each direction.
 _INTERPRETER = Config(32, 16, 4, 1)
-# Places of the lists of a tile of queries, which live in registers.
-_PLACES = 2048
+# Rows of a tile times places of a list squared: lists live in registers, and longer ones take more
+# rounds to merge.
+_PLACES = 2**15
 
 
 def _configuration(call: SelectCall, target: Target, kernel: str, top: int) -> Config:
@@ -61,8 +62,9 @@ def _configuration(call: SelectCall, target: Target, kernel: str, top: int) -> C
     else:
         bucket = 64 if D <= 64 else 128 if D <= 128 else 256
         config = _CONFIGS[kernel, call.q.element_size(), bucket]
-    rows = min(config.block_m, triton.next_power_of_2(Nq), max(_PLACES // top, 1))
-    return Config(max(rows, 16), config.block_n, config.num_warps, config.num_stages)
+    rows = min(config.block_m, triton.next_power_of_2(Nq), _PLACES // top**2)
+    warps = config.num_warps if 2 * rows >= config.block_m else 4
+    return Config(max(rows, 16), config.block_n, warps, config.num_stages)
 
 
 def ranges(call: SelectCall) -> dict[str, int] | None:

@@ -39,7 +39,7 @@ _HALF = {
     ("dq", 128): Config(16, 64, 4, 2),
     ("dq", 256): Config(16, 32, 4, 2),
     ("dkv", 64): Config(64, 64, 4, 2),
-    ("dkv", 128): Config(64, 64, 8, 2),
+    ("dkv", 128): Config(32, 64, 4, 2),
     ("dkv", 256): Config(32, 32, 8, 1),
 }
 # float32 products run on the ordinary units: smaller tiles.
