@@ -149,6 +149,8 @@ def test_refusals(emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     )
     assert any("tokens of the batch, at most" in text for text in reasons(2**16, 2**15, 8))
     assert any("tiles than a launch" in text for text in reasons(1, 2**29, 1))
+    odd = torch.frombuffer(bytearray(81), dtype=F32, offset=1).view(1, 5, 4)
+    assert backend.supports(replace(call, gate=odd)) == ["gate is not aligned to its elements"]
     monkeypatch.undo()  # without the emulation, the CPU is not a GPU
     assert any("needs a GPU" in text for text in backend.supports(call))
 
