@@ -166,7 +166,7 @@ def causal_sgu(
         window: w >= 1 for the windowed unit; None = global.
         gate_residual: (B, N, C), as residual.
         activation: "relu", "gelu" (exact), "silu", "tanh", "sigmoid", or None.
-        backend: "triton", "cpu" or "reference"; None = the fastest supported.
+        backend: "cuda", "triton", "cpu" or "reference"; None = the fastest supported.
 
     Returns:
         (B, N, C) in the dtype of gate. Sums are float32 (float64 for float64). Gradients, for

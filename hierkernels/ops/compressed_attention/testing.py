@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from hierkernels import testing
 from hierkernels.ops.attention.call import AttentionCall
+from hierkernels.ops.attention.spec import Case
 from hierkernels.ops.compressed_attention import api
 from hierkernels.ops.compressed_attention.call import CompressedCall
 from hierkernels.ops.compressed_attention.spec import CompressedCase
@@ -28,11 +29,21 @@ class CompressedInputs(testing.Inputs):
             query_offset=case.query_offset, scale=case.scale,
         )  # fmt: skip
 
+    def as_attention(self) -> testing.Inputs:
+        """The same problem as attention over a key range, which can be thinned."""
+        case = replace(self.case, key_range=self.case.visible_range)
+        options = {f.name: getattr(case, f.name) for f in fields(Case)}
+        tensors = {f.name: getattr(self, f.name) for f in fields(testing.Inputs)}
+        return testing.Inputs(**tensors | {"case": Case(**options)})
+
     def call(self) -> AttentionCall:
         return self.compressed_call().attention
 
     def run(self, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         return api.run(self.compressed_call(), backend)
+
+
+make_standard = testing.make_standard
 
 
 def make_inputs(
