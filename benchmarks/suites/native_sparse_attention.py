@@ -37,6 +37,7 @@ from python_models import SparseAttention
 from python_models.nsa_attention import DenseAttention
 
 JUDGED = 256  # tokens
+INPUT_SEED = 5  # no two scores of blocks that compete are nearer than 9e-5
 LAYER = {
     "dim": 512,
     "dim_head": 64,
@@ -233,7 +234,7 @@ class NativeSparseAttentionSuite(Suite):
     def inputs(self, case: Case, dtype: torch.dtype, device: str) -> LayerInputs:
         torch.manual_seed(0)
         module = _shaken(SparseAttention(**LAYER)).to(device)
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(INPUT_SEED)
         x, dout = torch.randn(2, 1, case.N, 512, generator=generator, dtype=dtype).to(device)
         return LayerInputs(module, None, x, dout)
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hierkernels as hk
 from benchmarks.suite import BACKEND_ROWS, Candidate, Problem, Suite, Unsupported
 from benchmarks.suites.native_sparse_attention import Case as LayerCase
-from python_models import MEGABYTE, Memformer, NSATransformer, gMLPGPT
+from python_models import MEGABYTE, HierarchicalTransformer, Memformer, NSATransformer, gMLPGPT
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ def _next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
+def _total_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids, return_loss=True)[0]
+
+
 def _memformer_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Segments with the memory handed on; each predicts its own tokens, encoder and decoder run."""
     mems, losses = None, []
@@ -65,6 +69,15 @@ MODELS = {
         _own_loss,
     ),
     "gmlp-gpt": Model(gMLPGPT, "g_mlp_gpt", "gMLPGPT", ({},), _next_token_loss),
+    "hierarchical": Model(
+        # What is ignored is token 0 in both; its quirks are of other lengths and options.
+        HierarchicalTransformer,
+        "simple_hierarchical_transformer",
+        "HierarchicalTransformer",
+        ({},),
+        _total_loss,
+        0.0,  # see HierarchicalCase
+    ),
     "nsa": Model(
         NSATransformer,
         "native_sparse_attention_pytorch.transformer",
@@ -184,8 +197,51 @@ class NsaCase(Case):
         return attention + 3 * 2.0 * others
 
 
+HIERARCHICAL_OPTIONS = (
+    ("num_tokens", 256), ("dim", 256), ("depth", 2), ("seq_len", 4096), ("hierarchies", (1, 4)),
+)  # fmt: skip
+
+
+class HierarchicalCase(Case):
+    """Its attention is counted by what windows leave: the reference computes all scores."""
+
+    def flops(self, direction: str) -> float:
+        attention = 0.0
+        for h in self.build().hierarchies:
+            length = (self.length - 1) // h.factor  # of each of the classes
+            window = length if h.window is None else h.window
+            pairs = sum(min(i, window) + 1 for i in range(length))
+            attention += 4.0 * h.classes * h.heads * h.dim_head * pairs
+        others = super().flops(direction) * (self.length - 1) / (self.judged - 1)
+        return others + 3 * dict(self.options)["depth"] * attention
+
+
 CASES = (
     Case("megabyte-8192", "megabyte", 8192, MEGABYTE_OPTIONS),
+    # One byte more is only predicted.
+    HierarchicalCase(
+        "hierarchical-4096-w512",
+        "hierarchical",
+        4097,
+        (*HIERARCHICAL_OPTIONS, ("window_sizes", (512, 256))),
+        judged=1025,  # all scores in float64 would take ten gigabytes
+    ),
+    HierarchicalCase(
+        "hierarchical-4096-w128",
+        "hierarchical",
+        4097,
+        (*HIERARCHICAL_OPTIONS, ("window_sizes", (128, 64))),
+        quick=False,
+        judged=1025,
+    ),
+    HierarchicalCase(
+        "hierarchical-4096-full",
+        "hierarchical",
+        4097,
+        HIERARCHICAL_OPTIONS,
+        quick=False,
+        judged=1025,
+    ),
     Case("gmlp-gpt-2048", "gmlp-gpt", 2048, GMLP_OPTIONS),
     Case(
         "gmlp-gpt-2048-w128",

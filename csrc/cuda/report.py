@@ -52,6 +52,15 @@ def demangle(mangled: str) -> str:
     return re.sub(r"\(.*", "", name)
 
 
+def problem(usage: Usage, blocks: dict[str, tuple[int, int]]) -> str:
+    """What is wrong with a kernel, "" if nothing; blocks: threads and shared memory by name."""
+    if usage.kernel not in blocks:
+        return "not in cuda_kernel_table"
+    if blocks[usage.kernel][1] > MAX_SHARED:
+        return f"more than {MAX_SHARED} bytes of shared memory"
+    return "spills" if usage.spilled and not MAY_SPILL.search(usage.kernel) else ""
+
+
 def main() -> int:
     """Prints the table; returns the exit status."""
     core = native()
@@ -64,20 +73,14 @@ def main() -> int:
     problems = 0
     for u in sorted(usages, key=lambda u: (u.kernel, u.arch)):
         threads, shared = blocks.get(u.kernel, (0, 0))
-        problem = ""
-        if u.spilled and not MAY_SPILL.search(u.kernel):
-            problem = "spills"
-        if shared > MAX_SHARED:
-            problem = f"more than {MAX_SHARED} bytes of shared memory"
-        if u.kernel not in blocks:
-            problem = "not in cuda_kernel_table"
-        problems += bool(problem)
+        found = problem(u, blocks)
+        problems += bool(found)
         print(
             f"{u.arch:7s}{u.kernel:52s}{threads:5d} threads{u.registers:5d} registers"
-            f"{u.spilled:5d} B spilled{shared / 1024:7.1f} KiB  {problem or 'ok'}"
+            f"{u.spilled:5d} B spilled{shared / 1024:7.1f} KiB  {found or 'ok'}"
         )
-    missing = set(blocks) - {u.kernel for u in usages}
-    for name in sorted(missing):
+    missing = sorted(set(blocks) - {u.kernel for u in usages})
+    for name in missing:
         print(f"{name}: no compilation of it was logged")
     kernels = len({u.kernel for u in usages})
     print(f"{kernels} kernels, {len(usages)} compilations, {problems + len(missing)} problems")

@@ -60,17 +60,28 @@ def test_accuracy(emulated_cuda: ModuleType, case: Case, dtype: torch.dtype) -> 
     check_accuracy(inputs, results)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+_SCHEDULED = (("tiles", BF16), ("tiles-mixed", F16), ("window-tiles-odd", F32))
+
+
+@pytest.mark.parametrize(("name", "dtype"), _SCHEDULED)
 def test_results_do_not_depend_on_the_schedule(
-    emulated_cuda: ModuleType, dtype: torch.dtype
+    emulated_cuda: ModuleType, name: str, dtype: torch.dtype
 ) -> None:
-    case = Case("schedule", 2, 70, 24, 1, window=30, gate_residual=True, activation="silu")
+    (case,) = (case for case in OWN if case.name == name)
     inputs = make_inputs(case, dtype)
     first = compute(inputs, "cuda")
-    for seed in range(2, 8):
+    for seed in range(2, 6):
         emulated_cuda.set_options(seed=seed)
         again = compute(inputs, "cuda")
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_ldmatrix_never_meets_a_bank_twice(emulated_cuda: ModuleType, dtype: torch.dtype) -> None:
+    emulated_cuda.take_counts()
+    compute(make_inputs(_BY_NAME["window-n75-w33"], dtype), "cuda")
+    counts = emulated_cuda.take_counts()
+    assert counts["ldmatrix"] > 0 and counts["bank_conflicts"] == 0
 
 
 def test_what_lies_above_the_diagonal_is_not_multiplied(emulated_cuda: ModuleType) -> None:
@@ -138,6 +149,8 @@ def test_refusals(emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     )
     assert any("tokens of the batch, at most" in text for text in reasons(2**16, 2**15, 8))
     assert any("tiles than a launch" in text for text in reasons(1, 2**29, 1))
+    odd = torch.frombuffer(bytearray(81), dtype=F32, offset=1).view(1, 5, 4)
+    assert backend.supports(replace(call, gate=odd)) == ["gate is not aligned to its elements"]
     monkeypatch.undo()  # without the emulation, the CPU is not a GPU
     assert any("needs a GPU" in text for text in backend.supports(call))
 

@@ -209,6 +209,21 @@ def test_paper_preset_with_everything_selected_is_dense_attention() -> None:
     torch.testing.assert_close(a(x), b(x), rtol=0, atol=1e-12)
 
 
+def test_compiles() -> None:
+    """As one graph, forward and backward."""
+    model = make("overlap", torch.float32, depth=1)
+    ids = make_ids(30)
+    expected = model(ids, return_loss=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(ids, return_loss=True)
+    torch.testing.assert_close(loss, expected)
+    wanted = gradients(model, expected)
+    for name, grad in gradients(model, loss).items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+    torch._dynamo.reset()
+
+
 def test_bfloat16_autocast_trains() -> None:
     model = make("overlap", torch.float32)
     ids = make_ids(40)

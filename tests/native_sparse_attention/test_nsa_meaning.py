@@ -204,6 +204,20 @@ def test_gradcheck(preset: str) -> None:
     assert torch.autograd.gradcheck(f, tuple(leaves.values()))
 
 
+@pytest.mark.parametrize("name", ["gates", "q"])
+def test_second_derivatives_are_the_references_alone(name: str) -> None:
+    """The kernels refuse instead of leaving a part out."""
+    for backend in (None, "reference"):
+        inputs = make_inputs(case("seed", 9), F64).requires_grad()
+        out = inputs.run(backend)
+        (grad,) = torch.autograd.grad(out.square().sum(), getattr(inputs, name), create_graph=True)
+        if backend == "reference":
+            assert torch.autograd.grad(grad.sum(), inputs.v)[0].any()
+        elif native() is not None:
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                torch.autograd.grad(grad.sum(), inputs.v)
+
+
 def test_diff_topk_gives_the_scores_a_gradient(backend: str) -> None:
     """The value is the same; with it, the gradient is that of multiplying the selected keys."""
     plain = make_inputs(case("seed", 40), F64)

@@ -74,7 +74,7 @@ def test_the_paper_by_hand() -> None:
 
 def test_ties_are_stable() -> None:
     inputs = make_inputs(
-        SelectCase("stable", 1, 2, 1, 70, 16, 4, 4, 4, 5, ties=True), torch.float32
+        SelectCase("stable", 1, 2, 1, 40, 16, 4, 4, 4, 5, ties=True), torch.float32
     )
     first = inputs.run("triton")
     assert all(torch.equal(inputs.run("triton"), first) for _ in range(20))

@@ -30,16 +30,16 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def _case(
-    name: str, B: int = 1, H: int = 2, N: int = 20, D: int = 16, S: int = 4, n: int = 3, **options
+    name: str, B: int = 1, H: int = 2, N: int = 17, D: int = 16, S: int = 4, n: int = 3, **options
 ) -> Case:
     Hkv, Nk, Dv = options.pop("Hkv", 1), options.pop("Nk", N), options.pop("Dv", D)
     return Case(name, B, H, Hkv, N, Nk, D, Dv, S, n, **options)
 
 
 LENGTHS = (
-    (_case("n1", 2), F32),
-    (_case("n15"), F32),
-    (_case("n63", N=63, H=1, S=16, n=2), BF16),
+    (_case("n1", 2, N=1), F32),
+    (_case("n15", N=15), F32),
+    (_case("n63", N=63, H=1, S=16, n=1), BF16),
     (_case("n65", H=1, N=65, S=16, n=1), F32),
     (_case("q9-k507", N=9, Nk=507, S=64, n=3), F32),
     (_case("q1-k70-decode", 3, 4, 1, Nk=70, S=16), F16),
@@ -57,7 +57,7 @@ GROUPS = (
     (_case("g16-bf16", H=16), BF16),
     (_case("g20", H=20, N=14), F32),
     (_case("g128", H=128, N=3), F32),
-    (_case("g2-per-head", 2, 4, 9, Hkv=2, per_head=True), F32),
+    (_case("g2-per-head", 1, 4, 9, Hkv=2, per_head=True), F32),
     (_case("g3-per-head-own-bf16", H=3, N=13, per_head=True, own=True, pattern="any"), BF16),
 )
 

@@ -32,8 +32,12 @@ def supports(call: SguCall) -> list[str]:
         reasons.append("more tiles than a launch can have")
     if B * -(-max(N, 1) // (call.size or 1)) * (C // H // 16 + 1) >= 2**31:
         reasons.append("more steps of the weight's gradient than 32 bits count")
-    for name, t in (("gate", call.gate), ("residual", call.residual), ("weight", call.weight)):
-        if t.data_ptr() % t.element_size():
+    tensors = {
+        "residual": call.residual, "gate": call.gate, "weight": call.weight, "bias": call.bias,
+        "gate_residual": call.gate_residual,
+    }  # fmt: skip
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.data_ptr() % tensor.element_size():
             reasons.append(f"{name} is not aligned to its elements")
     return reasons
 

@@ -124,6 +124,9 @@ def _groups() -> Iterator[Case]:
     for g in (1, 2, 3, 4, 6, 16, 20, 128):
         hkv, n = (2, 70) if g < 16 else (1, 40)
         yield _case(f"g{g}", B=1, H=hkv * g, Hkv=hkv, N=n)
+    # More heads than a tile has rows, and blocks longer than a tile.
+    yield _case("g130", B=1, H=130, Hkv=1, N=20, Nk=25, D=8, S=4, n=3)
+    yield _case("b200-own", B=1, N=420, D=16, S=200, n=2, own=True, dtypes=SPEED_DTYPES)
     for g in (1, 3, 4, 16):
         yield _case(f"g{g}-per-head", B=1, H=2 * g, Hkv=2, N=70, per_head=True)
     yield _case("g3-per-head-own", B=1, H=6, Hkv=2, N=70, per_head=True, own=True, pattern="any")
