@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--save-result",
         action="store_true",
-        help="also write results/<machine>.json, to be committed",
+        help="also write results/<machine>[-<suites>][-full].json, to be committed",
     )
 
 
@@ -135,7 +135,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     written = report.write(data, path.parent)
     terminalreporter.write_line(f"data: {_shown(path)}   report: {_shown(written)}")
     if config.getoption("save_result"):
-        saved = HERE / "results" / f"{machine.slug(data['machine_info'])}.json"
+        parts = [machine.slug(data["machine_info"]), *(config.getoption("op") or ())]
+        parts += ["full"] if config.getoption("full") else []
+        saved = HERE / "results" / f"{'-'.join(parts)}.json"
         shutil.copyfile(path, saved)
         terminalreporter.write_line(f"result: {_shown(saved)}")
 
