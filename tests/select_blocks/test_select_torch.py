@@ -89,15 +89,17 @@ def test_indices_have_no_gradient() -> None:
         assert not hk.select_blocks(q, k, **SEED, backend=BACKEND).requires_grad
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("backend", sorted({"reference", BACKEND}))
+def test_autocast(backend: str) -> None:
     q, k, v = _tensors(40, grad=False)
     with torch.autocast("cpu", torch.bfloat16):
-        chosen = hk.select_blocks(q, k, **SEED, backend=BACKEND)
-        out = hk.compressed_attention(q, k, v, stride=4, first_end=7, backend=BACKEND)
+        chosen, p = hk.select_blocks(q, k, **SEED, return_probabilities=True, backend=backend)
+        out = hk.compressed_attention(q, k, v, stride=4, first_end=7, backend=backend)
     low = [t.bfloat16() for t in (q, k, v)]
-    assert torch.equal(chosen, hk.select_blocks(*low[:2], **SEED, backend=BACKEND))
+    expected = hk.select_blocks(*low[:2], **SEED, return_probabilities=True, backend=backend)
+    assert torch.equal(chosen, expected[0]) and torch.equal(p, expected[1])
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, hk.compressed_attention(*low, stride=4, first_end=7, backend=BACKEND))
+    assert torch.equal(out, hk.compressed_attention(*low, stride=4, first_end=7, backend=backend))
 
 
 def test_second_derivatives_of_the_reference() -> None:

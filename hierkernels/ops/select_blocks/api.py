@@ -238,7 +238,8 @@ def select_blocks(
     indices = run(call, backend)
     if not return_probabilities:
         return indices
-    return indices, probabilities(call, q, k_cmp, indices, backend)
+    with torch.autocast(q.device.type, enabled=False):  # it would round what is made float32
+        return indices, probabilities(call, q, k_cmp, indices, backend)
 
 
 def problem(

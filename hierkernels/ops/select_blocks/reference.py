@@ -51,6 +51,11 @@ def forced_blocks(call: SelectCall) -> torch.Tensor:
     return ((j < call.num_initial) | local) & candidate_blocks(call)
 
 
+def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(q.device.type, enabled=False):  # it would round what was made float32
+        return torch.einsum("bhid,bhjd->bhij", q, k)
+
+
 def logits(call: SelectCall) -> torch.Tensor:
     """scale * mean over the group's q . mean over the block's k, (B, heads, Nq, J)."""
     q, k = call.q.to(call.lse_dtype), call.k_cmp.to(call.lse_dtype)
@@ -60,7 +65,7 @@ def logits(call: SelectCall) -> torch.Tensor:
         q = q.unflatten(1, (-1, call.group)).mean(2)
     else:
         k = k.repeat_interleave(call.group, 1)
-    return torch.einsum("bhid,bhjd->bhij", q, k) * call.scale
+    return _products(q, k) * call.scale
 
 
 def probability_sums(call: SelectCall, terms: torch.Tensor | None = None) -> torch.Tensor:
@@ -71,7 +76,7 @@ def probability_sums(call: SelectCall, terms: torch.Tensor | None = None) -> tor
     if terms is None:
         assert call.lse is not None
         q, k = call.q.to(call.lse_dtype), call.k_cmp.to(call.lse_dtype)
-        scores = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(call.group, 1))
+        scores = _products(q, k.repeat_interleave(call.group, 1))
         terms = torch.exp(scores * call.scale - call.lse[..., None])
     p = terms.masked_fill(~visible_windows(call), 0.0)
     if call.shared:
