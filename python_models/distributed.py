@@ -22,6 +22,7 @@ def process_group(device: str) -> Iterator[None]:
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     try:
         yield
+        dist.barrier()  # gloo aborts a process that leaves while another is still connected to it
     finally:
         dist.destroy_process_group()
 
