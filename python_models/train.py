@@ -68,7 +68,9 @@ def train(
             overwrite says what is to become of it.
     """
     with distributed.process_group(config.device):
-        return _train(config, resume=resume, overwrite=overwrite, quiet=quiet)
+        run = _train(config, resume=resume, overwrite=overwrite, quiet=quiet)
+        run.leave()
+        return run
 
 
 def _train(config: TrainConfig, *, resume: bool, overwrite: bool, quiet: bool) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from contextlib import nullcontext
 from itertools import islice
@@ -69,6 +70,13 @@ class Run:
         self.step = 0
         self.seconds = 0.0  # of training, of all the sessions that made this run
         self.metrics: dict[str, float] = {}
+
+    def leave(self) -> None:
+        """Parts from the other processes: the run trains no more."""
+        if isinstance(self.loss, DistributedDataParallel):
+            # It holds the group, whose threads must end before the process does.
+            self.loss = self.loss.module
+            gc.collect()
 
     def train_step(self, data: Any) -> tuple[Tensor, Tensor, float]:
         """One update; returns the loss (nats a byte), the gradient's norm and the learning rate."""
