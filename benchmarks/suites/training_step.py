@@ -224,6 +224,7 @@ CASES = (
         "hierarchical",
         4097,
         (*HIERARCHICAL_OPTIONS, ("window_sizes", (512, 256))),
+        quick=False,  # as Memformer's: the oracle takes half a minute
         judged=1025,  # all scores in float64 would take ten gigabytes
     ),
     HierarchicalCase(
@@ -260,7 +261,7 @@ CASES = (
         judged=256,
         dtypes=(torch.float32,),  # in bfloat16 nearly every sequence has ties
     ),
-    Case("memformer-1024", "memformer", 1024, MEMFORMER_OPTIONS),
+    Case("memformer-1024", "memformer", 1024, MEMFORMER_OPTIONS, quick=False),
     Case("memformer-4x1024", "memformer", 4096, MEMFORMER_OPTIONS, quick=False),
 )
 
