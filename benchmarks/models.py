@@ -201,9 +201,10 @@ def compare(steps: int) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: figures of the best backend, and how the others compare."""
+    steps = next(iter(result["models"].values()))["steps"]
     lines = [
-        "| model | parameters | held-out bits per byte | training, kB/s | against reference "
-        "| against the original | memory of a step, MiB | reference | original "
+        f"| model | parameters | bits per byte after {steps} steps | training, kB/s "
+        "| against reference | against the original | memory of a step, MiB | reference | original "
         "| sampling, bytes/s | against the original |",
         "|---|" + "---:|" * 10,
     ]
