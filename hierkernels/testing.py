@@ -190,7 +190,20 @@ def _padding(case: Case, generator: torch.Generator) -> torch.Tensor:
     raise ValueError(f"unknown padding {case.padding!r}")
 
 
-def compute(inputs: Inputs, backend: str | None, gradients: bool = True) -> Results:
+class OpInputs(Protocol):
+    """The inputs of an attention op: what computing its results and gradients takes."""
+
+    @property
+    def dout(self) -> torch.Tensor: ...
+    @property
+    def dlse(self) -> torch.Tensor | None: ...
+    def to(self, dtype: torch.dtype) -> Any: ...
+    def requires_grad(self) -> Any: ...
+    def differentiable(self) -> dict[str, torch.Tensor]: ...
+    def run(self, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def compute(inputs: OpInputs, backend: str | None, gradients: bool = True) -> Results:
     """out and lse of a backend, and the gradients of sum(out dout) + sum(lse dlse), detached."""
     if not gradients:
         with torch.no_grad():
@@ -201,7 +214,7 @@ def compute(inputs: Inputs, backend: str | None, gradients: bool = True) -> Resu
     return {"out": out.detach(), "lse": lse.detach(), **differentiate(inputs, out, lse)}
 
 
-def differentiate(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> Results:
+def differentiate(inputs: OpInputs, out: torch.Tensor, lse: torch.Tensor | None) -> Results:
     """The gradients of sum(out dout) + sum(lse dlse); lse may be None if there is no dlse."""
     outputs, seeds = [out], [inputs.dout.to(out.dtype)]
     if inputs.dlse is not None:
@@ -213,7 +226,7 @@ def differentiate(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -
     return dict(zip(wanted, grads, strict=True))
 
 
-def oracle(inputs: Inputs, gradients: bool = True) -> Results:
+def oracle(inputs: OpInputs, gradients: bool = True) -> Results:
     """The reference in float64, on the values that the inputs have."""
     return compute(inputs.to(torch.float64), "reference", gradients)
 

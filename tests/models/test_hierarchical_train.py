@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from python_models import HierarchicalTransformer, checkpoint, sample
-from python_models.registry import MODELS, continue_bytes
+from python_models.registry import MODELS
 from python_models.train import TrainConfig, main
 
 OPTIONS = ["dim=24,32", "depth=2", "seq_len=24", "heads=2,3", "dim_head=8,8", "ff_mult=2,2"]
@@ -58,7 +59,7 @@ def test_options_of_hierarchies() -> None:
     assert TrainConfig(model="hierarchical").out == "runs/hierarchical"
 
 
-def test_every_byte_is_predicted() -> None:
+def test_every_byte_is_predicted(continues_bytes: Callable[..., None]) -> None:
     """The first one too, from the token that stands before it; and generation agrees."""
     entry = MODELS["hierarchical"]
     model = entry.make(entry.parse(OPTIONS)).double()
@@ -80,21 +81,4 @@ def test_every_byte_is_predicted() -> None:
     ):
         torch.testing.assert_close(got, gradient, rtol=0, atol=1e-12)
 
-    stream = entry.generate(
-        model, ids[:, :20], filter_thres=0.9, temperature=0.0, generator=torch.Generator()
-    )
-    drawn = torch.stack(list(stream), dim=1)
-    assert drawn.shape == (2, 4)
-    greedy = model(torch.cat((with_start[:, :21], drawn[:, :3]), dim=1)).argmax(-1)
-    assert torch.equal(drawn, greedy[:, 20:])
-    more = continue_bytes(
-        entry,
-        model,
-        b"ab",
-        60,
-        window=24,
-        filter_thres=0.9,
-        temperature=1.0,
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert len(list(more)) == 60
+    continues_bytes(entry, model, ids)

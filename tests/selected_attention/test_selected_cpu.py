@@ -14,11 +14,10 @@ from hierkernels.ops.selected_attention.spec import ALL_DTYPES, CORRECTNESS, dty
 from hierkernels.ops.selected_attention.testing import (
     Inputs,
     check_accuracy,
-    compute,
     make_inputs,
     make_standard,
 )
-from hierkernels.testing import Results, Standard, case_ids, poisoned_memory, threads
+from hierkernels.testing import Results, Standard, case_ids, compute, poisoned_memory, threads
 
 CORE = native()
 if CORE is None:

@@ -20,11 +20,10 @@ from hierkernels.ops.selected_attention.spec import CORRECTNESS, Case, dtype_nam
 from hierkernels.ops.selected_attention.testing import (
     Inputs,
     check_accuracy,
-    compute,
     make_inputs,
     make_standard,
 )
-from hierkernels.testing import poisoned_memory, threads
+from hierkernels.testing import compute, poisoned_memory, threads
 
 CORE = native()
 BACKENDS = ("reference",) if CORE is None else ("cpu", "reference")

@@ -11,7 +11,8 @@ import hierkernels as hk
 from hierkernels.ops.selected_attention import reference
 from hierkernels.ops.selected_attention.patterns import PATTERNS, draw_indices
 from hierkernels.ops.selected_attention.spec import CORRECTNESS, SPEED
-from hierkernels.ops.selected_attention.testing import compute, make_inputs
+from hierkernels.ops.selected_attention.testing import make_inputs
+from hierkernels.testing import compute
 
 CASES = {case.name: case for case in CORRECTNESS}
 

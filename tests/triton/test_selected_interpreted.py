@@ -19,11 +19,10 @@ from hierkernels.ops.selected_attention.spec import Case, dtype_name
 from hierkernels.ops.selected_attention.testing import (
     Inputs,
     check_accuracy,
-    compute,
     make_inputs,
     make_standard,
 )
-from hierkernels.testing import poisoned_memory
+from hierkernels.testing import compute, poisoned_memory
 from hierkernels.triton_common.device import target_of
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

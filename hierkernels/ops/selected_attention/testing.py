@@ -16,7 +16,15 @@ from hierkernels.ops.selected_attention import api, reference
 from hierkernels.ops.selected_attention.call import SelectedCall
 from hierkernels.ops.selected_attention.patterns import draw_indices
 from hierkernels.ops.selected_attention.spec import Case
-from hierkernels.testing import Errors, Results, Standard, judge, lay_out
+from hierkernels.testing import (
+    Errors,
+    Results,
+    Standard,
+    compute,
+    judge,
+    lay_out,
+    oracle,
+)
 
 
 @dataclass(frozen=True)
@@ -104,34 +112,6 @@ def make_inputs(
         drawn = torch.rand(case.indices_shape, generator=generator, dtype=precise)
         weights = (drawn + 0.5).to(dtype).to(device)
     return Inputs(case, q, k, v, indices.to(device), weights, dout, dlse)
-
-
-def compute(inputs: Inputs, backend: str | None, gradients: bool = True) -> Results:
-    """out and lse of a backend, and the gradients of sum(out dout) + sum(lse dlse), detached."""
-    if not gradients:
-        with torch.no_grad():
-            out, lse = inputs.run(backend)
-        return {"out": out, "lse": lse}
-    inputs = inputs.requires_grad()
-    out, lse = inputs.run(backend)
-    return {"out": out.detach(), "lse": lse.detach(), **differentiate(inputs, out, lse)}
-
-
-def differentiate(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> Results:
-    """The gradients of sum(out dout) + sum(lse dlse); lse may be None if there is no dlse."""
-    outputs, seeds = [out], [inputs.dout.to(out.dtype)]
-    if inputs.dlse is not None:
-        assert lse is not None, "the case has a gradient of lse"
-        outputs.append(lse)
-        seeds.append(inputs.dlse.to(lse.dtype))
-    wanted = inputs.differentiable()
-    grads = torch.autograd.grad(outputs, list(wanted.values()), seeds)
-    return dict(zip(wanted, grads, strict=True))
-
-
-def oracle(inputs: Inputs, gradients: bool = True) -> Results:
-    """The reference in float64, on the values that the inputs have."""
-    return compute(inputs.to(torch.float64), "reference", gradients)
 
 
 @torch.no_grad()
