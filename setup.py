@@ -115,8 +115,8 @@ def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, ta
         lines.append(
             # What ptxas says of registers and spills goes to a file, for csrc/cuda/report.py.
             f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {nvcc_flags} $archs {common} -c $in "
-            "-o $out > $out.ptxas 2>&1 || (cat $out.ptxas && false)\n  depfile = $out.d\n  deps = gcc\n"
-            "  description = CUDA $in"
+            "-o $out > $out.ptxas 2>&1 || (cat $out.ptxas && false)\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in"
         )
     objects = []
     for source in sorted(CSRC.rglob("*.cpp")) + (sorted(CSRC.rglob("*.cu")) if nvcc else []):

@@ -89,7 +89,7 @@ def test_what_tensor_copies_cannot_take(
 def test_a_copy_from_outside_of_the_tensors_is_reported(emulation: ModuleType) -> None:
     source, out = torch.zeros(64, 64, dtype=torch.int16), torch.zeros(64, 64, dtype=torch.int16)
     _allow(emulation, source[:63], out)
-    with pytest.raises(RuntimeError, match="tensor_copy, .*in no tensor of the call"):
+    with pytest.raises(RuntimeError, match=r"tensor_copy, .*in no tensor of the call"):
         emulation.probe_tensor_copy(
             source.data_ptr(), [64, 64], [1, 64], [64, 64], [0, 0], out.data_ptr()
         )
