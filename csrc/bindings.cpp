@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cpu/attention/attention.h"
+#include "cpu/gated_sum/gated_sum.h"
 #include "cpu/isa.h"
 #include "cpu/select_blocks/select_blocks.h"
 #include "cpu/selected_attention/selected_attention.h"
@@ -22,6 +23,13 @@ namespace {
 // The value of the seed, which is in the CPU's memory.
 AttentionParams with_seed(AttentionParams p) {
   if (p.seed_at) p.seed = static_cast<uint64_t>(*p.seed_at);
+  return p;
+}
+
+hierkernels::GatedSumParams gated_sum_params(const py::object& gates, const std::array<py::object, 3>& parts) {
+  hierkernels::GatedSumParams p;
+  p.gates = tensor(gates);
+  for (int s = 0; s < hierkernels::kBranches; ++s) p.parts[s] = tensor(parts[s]);
   return p;
 }
 
@@ -174,6 +182,24 @@ PYBIND11_MODULE(_native, m) {
           p.scale = scale;
           py::gil_scoped_release release;
           hierkernels::select_blocks(p);
+        });
+
+  m.def("gated_sum_forward",
+        [](const py::object& gates, const std::array<py::object, 3>& parts, const py::object& out) {
+          hierkernels::GatedSumParams p = gated_sum_params(gates, parts);
+          p.out = tensor(out);
+          py::gil_scoped_release release;
+          hierkernels::gated_sum_forward(p);
+        });
+  m.def("gated_sum_backward",
+        [](const py::object& gates, const std::array<py::object, 3>& parts, const py::object& dout,
+           const py::object& dgates, const std::array<py::object, 3>& dparts) {
+          hierkernels::GatedSumParams p = gated_sum_params(gates, parts);
+          p.dout = tensor(dout);
+          p.dgates = tensor(dgates);
+          for (int s = 0; s < hierkernels::kBranches; ++s) p.dparts[s] = tensor(dparts[s]);
+          py::gil_scoped_release release;
+          hierkernels::gated_sum_backward(p);
         });
 
 #if defined(HIERKERNELS_CUDA)
