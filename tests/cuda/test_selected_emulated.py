@@ -65,7 +65,7 @@ def test_results_do_not_depend_on_the_schedule(emulated_cuda: ModuleType, name: 
     "case",
     [
         _case("popular", 1, 2, 200, n=1, pattern="same", S=8, D=24, Dv=40),
-        _case("popular-odd", 1, 3, 90, n=2, pattern="same", S=20, Hkv=1, D=17),
+        _case("popular-odd", 1, 3, 150, n=1, pattern="same", S=20, Hkv=1, D=17),
         _case("popular-long", 1, 2, 200, n=1, pattern="same", S=100, Nk=420),
         _case("popular-weights", 1, 2, 120, n=1, pattern="same", S=8, weights=True),
     ],

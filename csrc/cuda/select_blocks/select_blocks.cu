@@ -104,7 +104,7 @@ struct Selection {
           for (int e = 0; e < 2; ++e) {
             const int column = piece + sums_column(n, e);
             float value = s.x[0][n][2 * x + e] * p.scale;
-            if (p.lse) value = natural_exp(value - level);
+            if (p.lse) value = expf(value - level);  // with subnormal results: they rank blocks, too
             at<float>(m.probabilities)[row * m.score_stride + column] = w0 + column < seen ? value : 0.f;
           }
       }
