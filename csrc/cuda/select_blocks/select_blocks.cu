@@ -86,7 +86,7 @@ struct Selection {
     for (int piece = warp / row_warps * 16; piece < p.windows; piece += kSelectThreads / kWarp / row_warps * 16) {
       Sums<1, 2> s;
       clear(s);
-#pragma unroll 4
+#pragma unroll(sizeof(T) == 4 ? 1 : 4)
       for (int step = 0; step < steps; ++step) {
         Words<T, 4> left, right;
         load_words(left, q_tile + step * kStepBytes);
@@ -214,7 +214,7 @@ __device__ __forceinline__ Step next_step(const SelectArgs& p, Step s, int seen)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSelectThreads) select_blocks_kernel(const __grid_constant__ SelectArgs p) {
+__global__ void __launch_bounds__(kSelectThreads, 2) select_blocks_kernel(const __grid_constant__ SelectArgs p) {
   const Selection<T> s(p);
   const int blocks = static_cast<int>(p.candidates.at(s.last, p.blocks));
   const int seen = static_cast<int>(p.visible.at(s.last, p.n_windows));

@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kWarp) selected_sort_kernel(const __grid_const
 }  // namespace
 
 void run_selected_sort(const SortArgs& p, void* stream) {
-  const int ranges = (p.blocks + kSortRange - 1) / kSortRange;
+  const int ranges = (p.blocks + kSortRange - 1) / kSortRange, counters = p.blocks < kSortRange ? p.blocks : kSortRange;
   launch("selected_sort", selected_sort_kernel, static_cast<int64_t>(p.pairs) * p.segments * ranges, kWarp,
-         kSortRange * static_cast<int>(sizeof(int)), stream, p);
+         counters * static_cast<int>(sizeof(int)), stream, p);
 }
 
 }  // namespace hierkernels::cuda
