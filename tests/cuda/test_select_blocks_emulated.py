@@ -44,8 +44,8 @@ OWN = (
     _case("windows-of-many-tiles", 300, B=1, window=100, stride=1, block=100, n=2),
     _case("paper", 700, B=1, H=16, Hkv=1, D=128, window=32, stride=16, block=64, n=6, num_initial=1,
           num_local=2),
-    _case("many-selected", 600, B=1, H=1, D=8, window=2, stride=2, block=2, n=200),
-    _logit("many-selected", 600, B=1, H=1, D=8, window=2, stride=2, block=2, n=200),
+    _case("many-selected", 200, B=1, H=1, D=8, window=2, stride=2, block=2, n=70),
+    _logit("many-selected", 200, B=1, H=1, D=8, window=2, stride=2, block=2, n=70),
 )  # fmt: skip
 
 
