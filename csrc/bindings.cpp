@@ -4,7 +4,9 @@
 #include <string>
 
 #include "cpu/attention/attention.h"
+#include "cpu/gated_sum/gated_sum.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 #include "cpu/select_blocks/select_blocks.h"
 #include "cpu/selected_attention/selected_attention.h"
 #include "cpu/sgu/sgu.h"
@@ -28,6 +30,13 @@ AttentionParams with_seed(AttentionParams p) {
   return p;
 }
 
+hierkernels::GatedSumParams gated_sum_params(const py::object& gates, const std::array<py::object, 3>& parts) {
+  hierkernels::GatedSumParams p;
+  p.gates = tensor(gates);
+  for (int s = 0; s < hierkernels::kBranches; ++s) p.parts[s] = tensor(parts[s]);
+  return p;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -44,6 +53,10 @@ PYBIND11_MODULE(_native, m) {
     for (int i = 0; i <= static_cast<int>(hierkernels::detected_isa()); ++i)
       names.append(hierkernels::isa_name(static_cast<hierkernels::Isa>(i)));
     return names;
+  });
+
+  m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) {
+    hierkernels::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
   });
 
   m.def("attention_forward",
@@ -140,6 +153,24 @@ PYBIND11_MODULE(_native, m) {
           p.indices = reinterpret_cast<int32_t*>(indices);
           py::gil_scoped_release release;
           hierkernels::select_blocks(p);
+        });
+
+  m.def("gated_sum_forward",
+        [](const py::object& gates, const std::array<py::object, 3>& parts, const py::object& out) {
+          hierkernels::GatedSumParams p = gated_sum_params(gates, parts);
+          p.out = tensor(out);
+          py::gil_scoped_release release;
+          hierkernels::gated_sum_forward(p);
+        });
+  m.def("gated_sum_backward",
+        [](const py::object& gates, const std::array<py::object, 3>& parts, const py::object& dout,
+           const py::object& dgates, const std::array<py::object, 3>& dparts) {
+          hierkernels::GatedSumParams p = gated_sum_params(gates, parts);
+          p.dout = tensor(dout);
+          p.dgates = tensor(dgates);
+          for (int s = 0; s < hierkernels::kBranches; ++s) p.dparts[s] = tensor(dparts[s]);
+          py::gil_scoped_release release;
+          hierkernels::gated_sum_backward(p);
         });
 
 #if defined(HIERKERNELS_CUDA)
