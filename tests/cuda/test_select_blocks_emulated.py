@@ -1,6 +1,7 @@
 """The CUDA kernel of block selection on the emulation, by the rule of chosen blocks.
 
-bfloat16 takes all cases of spec.py; the other types, whose products differ, a selection.
+bfloat16 takes all cases of spec.py; float32, whose tiles differ too, a selection; float16, whose
+products alone differ from bfloat16's, a few.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ BOTH = (
     "select17",
     "offset",
 )
-OTHER_TYPES = (
+FLOAT32 = (
     *BOTH, *(f"logit-{name}" for name in BOTH), "d256", "g20", "l2-d1-s8", "padded-l40-d4-s8",
     "forced-paper", "no-own-block-local", "offset-forced", "not-causal-no-own", "ties-forced",
     "ties-paper", "logits-x100", "scale-negative", "logit-ties", "logit-logits-x1000",
     "logit-not-causal-own", "logit-offset-one-query",
 )  # fmt: skip
+FLOAT16 = ("n65", "d128", "d256", "forced-paper", "ties-paper", "logits-x100")
 _BY_NAME = {case.name: case for case in CORRECTNESS}
 # Shapes that only this backend's tiles make interesting.
 OWN = (
@@ -51,7 +53,9 @@ OWN = (
 
 def _parameters() -> list:
     table = [(case, BF16) for case in (*CORRECTNESS, *OWN)]
-    table += [(_BY_NAME[name], dtype) for dtype in (F16, F32) for name in OTHER_TYPES]
+    table += [(_BY_NAME[name], F32) for name in FLOAT32] + [
+        (_BY_NAME[name], F16) for name in FLOAT16
+    ]
     table += [(OWN[0], F32), (OWN[2], F32)]
     return [
         pytest.param(case, dtype, id=f"select_blocks-cuda-{str(dtype)[6:]}-{case.name}")
