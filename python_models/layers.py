@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import hierkernels as hk
+from hierkernels.memory import large_empty_like
 from python_models.rotary import LocalRotaryEmbedding, project_turned
 
 
@@ -79,7 +80,7 @@ class _Scaled(torch.autograd.Function):
     def forward(x: Tensor, gain: Tensor, scale: _Unit | _UnitMeanSquare) -> tuple[Tensor, Tensor]:
         wide = x.to(_at_least_float32(x, gain))
         inverse = scale.inverse(wide)
-        out = (wide * inverse).mul_(gain)
+        out = torch.mul(wide, inverse, out=large_empty_like(wide)).mul_(gain)
         return out.to(torch.promote_types(x.dtype, gain.dtype)), inverse
 
     @staticmethod
@@ -97,7 +98,7 @@ class _Scaled(torch.autograd.Function):
         wide, weights = x.to(inverse.dtype), gain.to(inverse.dtype)
         grad = grad.to(inverse.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            product = grad * wide
+            product = torch.mul(grad, wide, out=large_empty_like(wide))
             rows = product.flatten(0, -2)
             gain_grad = torch.mv(rows.T, inverse.flatten())
             dot = torch.mv(rows, weights).view_as(inverse)
