@@ -93,8 +93,8 @@ void attention_backward(const AttentionParams& p, const Tensor& delta, void* str
   a.dk = Rows::of(p.dk);
   a.dv = Rows::of(p.dv);
   a.delta = delta.as<float>();
-  run_attention_query_gradient(a, p.q.dtype, stream);
-  run_attention_key_gradient(a, p.q.dtype, stream);
+  if (!run_hopper_query_gradient(p, delta, stream)) run_attention_query_gradient(a, p.q.dtype, stream);
+  if (!run_hopper_key_gradient(p, delta, stream)) run_attention_key_gradient(a, p.q.dtype, stream);
   if (!p.dbias) return;
   a.dbias = p.dbias.as<float>();
   a.slices = static_cast<int>(p.dbias.size[0]);
