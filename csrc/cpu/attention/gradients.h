@@ -54,21 +54,16 @@ struct GradientRows {
   F* slope;  // work space like the scores, with a soft cap
 };
 
-// P of a vector of scores. No P is above 1, but scores so large that rounding hides their differences could say so.
-template <class F>
-HK_INLINE Vec<F> probability(Vec<F> score, Vec<F> lse, Vec<F> lse_low) {
-  return exp2(min(zero<F>(), score - lse - lse_low));
-}
-
 // A row of C vectors of which the lanes [from, to) are visible, without modifiers, all in registers: scores become P, dp
-// becomes scale * dS with delta + the sum of P dP.
+// becomes scale * dS. The tile holds all keys: delta lacks the sum of P dP, and P is normalised here, which a rounded
+// log-sum-exp of large scores does not do well enough.
 template <int C, class F>
-HK_INLINE void gradient_row(int from, int to, Vec<F> lse, Vec<F> lse_low, F delta, F scale, F* scores, F* dp) {
+HK_INLINE void gradient_row(int from, int to, F lse, F delta, F scale, F* scores, F* dp) {
   constexpr int W = kWidth<F>;
-  Vec<F> p[C], d[C], sum = zero<F>();
+  Vec<F> p[C], d[C], sum = zero<F>(), weighted = zero<F>();
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
-    p[c] = probability<F>(load(scores + c * W), lse, lse_low);
+    p[c] = exp2(load(scores + c * W) - lse);
     d[c] = load(dp + c * W);
     // Products computed whole vectors: what a lane that is not visible holds may be anything.
     if (c == 0 && from > 0) {
@@ -79,18 +74,21 @@ HK_INLINE void gradient_row(int from, int to, Vec<F> lse, Vec<F> lse_low, F delt
       p[c] = select(lanes_below<F>(to - c * W), p[c], zero<F>());
       d[c] = select(lanes_below<F>(to - c * W), d[c], zero<F>());
     }
-    sum = fma(p[c], d[c], sum);
+    sum += p[c];
+    weighted = fma(p[c], d[c], weighted);
   }
-  const Vec<F> total = set1(reduce_add(sum) + delta), factor = set1(scale);
+  const F total = reduce_add(sum), factor = total == F(0) ? F(0) : F(1) / total;
+  const Vec<F> inverse = set1(factor), mean = set1(reduce_add(weighted) * factor + delta), by = set1(scale);
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
+    p[c] *= inverse;
     store(scores + c * W, p[c]);
-    store(dp + c * W, p[c] * (d[c] - total) * factor);
+    store(dp + c * W, p[c] * (d[c] - mean) * by);
   }
 }
 
 // For every row of the tile: scores become P (times keep: what multiplies dO), dp becomes scale * dS. Both are zero
-// where `readable` but not visible. kWhole: the tile holds all keys, so that the sum of P dP is taken here.
+// where `readable` but not visible. kWhole: the tile holds all keys, so that sums are taken here.
 template <bool kWhole, class F>
 void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, const GradientRows<F>& rows,
                    const TileBiasGradient<F>& dbias, F* scores, F* dp, int64_t stride) {
@@ -109,10 +107,10 @@ void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, cons
       continue;
     }
     const int begin = from / W * W, end = round_up(to, W), vectors = (end - begin) / W;
-    const Vec<F> lse = set1(rows.lse[r]), low = set1(rows.lse_low[r]), scale = set1(rows.scale);
+    const Vec<F> scale = set1(rows.scale);
     if (kWhole && unmodified && vectors <= 4) {
       const auto row = [&]<int C>() {
-        gradient_row<C, F>(from - begin, to - begin, lse, low, rows.delta[r], rows.scale, scores + begin, dp + begin);
+        gradient_row<C, F>(from - begin, to - begin, rows.lse[r], rows.delta[r], rows.scale, scores + begin, dp + begin);
       };
       if (vectors == 1) row.template operator()<1>();
       if (vectors == 2) row.template operator()<2>();
@@ -124,22 +122,27 @@ void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, cons
         modifiers.keep(tile, r, begin, end, rows.keep);
         for (int j = begin; j < end; j += W) store(dp + j, load(dp + j) * load(rows.keep + j));
       }
-      Vec<F> delta = set1(rows.delta[r]);
+      const Vec<F> lse = set1(rows.lse[r]);
       if constexpr (kWhole) {
-        Vec<F> weighted = zero<F>();
+        Vec<F> sum = zero<F>(), weighted = zero<F>();
         for (int j = begin; j < end; j += W) {
-          const Vec<F> p = probability<F>(load(scores + j), lse, low);
-          store(scores + j, p);
-          weighted = fma(p, load(dp + j), weighted);
+          const Vec<F> x = exp2(load(scores + j) - lse);
+          store(scores + j, x);
+          sum += x;
+          weighted = fma(x, load(dp + j), weighted);
         }
-        delta += reduce_add(weighted);
+        const F total = reduce_add(sum), factor = total == F(0) ? F(0) : F(1) / total;
+        const Vec<F> inverse = set1(factor), delta = set1(reduce_add(weighted) * factor + rows.delta[r]);
         for (int j = begin; j < end; j += W) {
-          const Vec<F> ds = load(scores + j) * (load(dp + j) - delta);
+          const Vec<F> p = load(scores + j) * inverse, ds = p * (load(dp + j) - delta);
+          store(scores + j, p);
           store(dp + j, plain ? ds * scale : ds);
         }
       } else {
+        const Vec<F> low = set1(rows.lse_low[r]), delta = set1(rows.delta[r]);
         for (int j = begin; j < end; j += W) {
-          const Vec<F> p = probability<F>(load(scores + j), lse, low), ds = p * (load(dp + j) - delta);
+          // No P is above 1, but scores so large that rounding hides their differences could say so.
+          const Vec<F> p = exp2(min(zero<F>(), load(scores + j) - lse - low)), ds = p * (load(dp + j) - delta);
           store(scores + j, p);
           store(dp + j, plain ? ds * scale : ds);
         }
