@@ -138,7 +138,14 @@ class Backward {
       prepare_rows(t, 0, blocks_.rows, w.lse, w.lse_low, w.delta);
       memset(dq, 0, static_cast<size_t>(dq_size()) * sizeof(F));
     }
-    for (int64_t tile = t.split; tile < key_tiles_; tile += plan_.splits) key_tile(w, t, tile, dq, dbias);
+    if (p_.dbias && p_.bias_of_pairs() && t.split == 0) {
+      const TileBiasGradient<F> bias = bias_gradient(t, dbias);
+      for (int64_t g = 0; g < p_.group(); ++g)
+        for (int64_t i = 0; i < p_.n_queries(); ++i)
+          bias.clear_unseen(g, i, p_.range.lo.at(i, p_.n_keys()), p_.range.hi.at(i, p_.n_keys()), p_.n_keys());
+    }
+    for (int64_t round = 0; round * plan_.splits < key_tiles_; ++round)
+      if (const int64_t tile = plan_.tile(t.split, round); tile < key_tiles_) key_tile(w, t, tile, dq, dbias);
     if (!whole_ && plan_.splits == 1) store_dq(t, 0, blocks_.rows, dq);
   }
 
@@ -231,12 +238,7 @@ class Backward {
         operand(q_in_place_, q_rows, q_rows.uniform_stride(queries), first, tile.n, shape_.dim, shape_.padded, w.q);
     const Operand dout = operand(dout_in_place_, dout_rows, dout_rows.uniform_stride(queries), first, tile.n,
                                  shape_.dim_v, shape_.padded_v, w.dout);
-    TileBiasGradient<F> bias;
-    if (p_.dbias) {
-      const Tensor& g = p_.dbias;
-      bias = {dbias + t.b * g.stride[0] + t.kv_head * group * g.stride[1], g.stride[1], g.stride[2], g.stride[3],
-              BiasSlots::from(p_)};
-    }
+    const TileBiasGradient<F> bias = bias_gradient(t, dbias);
 
     const int64_t stride = shape_.stride;
     multiply_scores(tile, q.data, q.stride, w.k_panels, shape_.panel, shape_.dim, w.scores, stride,
@@ -264,6 +266,13 @@ class Backward {
     }
     multiply_rows(tile, w.dp, stride, k.data, k.stride, shape_.dim, dq_target, w.next);
     if (whole_ && !dq_in_place_) store_dq(t, first, tile.n, dq);
+  }
+
+  TileBiasGradient<F> bias_gradient(const BackwardTask& t, F* dbias) const {
+    const Tensor& g = p_.dbias;
+    if (!g) return {};
+    F* data = dbias + t.b * g.stride[0] + t.kv_head * p_.group() * g.stride[1];
+    return {data, g.stride[1], g.stride[2], g.stride[3], BiasSlots::from(p_), p_.bias_of_pairs()};
   }
 
   Operand operand(bool in_place, const Rows& rows, int64_t stride, int64_t first, int n, int dim, int padded,

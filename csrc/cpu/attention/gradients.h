@@ -13,6 +13,15 @@ struct TileBiasGradient {
   F* data = nullptr;  // for the batch and the first head of the group; null: not wanted
   int64_t head_stride = 0, query_stride = 0, key_stride = 0;  // 0 or as in dbias; the last is 0 or 1
   BiasSlots slots;
+  bool once = false;  // no other pair adds to an element: it is stored
+
+  // Zeros for what query i of head g of the group does not see.
+  void clear_unseen(int64_t g, int64_t i, int64_t lo, int64_t hi, int64_t n_keys) const {
+    F* row = data + g * head_stride + i * query_stride;
+    if (lo > hi) lo = hi;
+    memset(row, 0, static_cast<size_t>(lo) * sizeof(F));
+    memset(row + hi, 0, static_cast<size_t>(n_keys - hi) * sizeof(F));
+  }
 
   // Asks for the memory that add() changes.
   HK_INLINE void prefetch(const TileRows& tile, int r, int from, int to) const {
@@ -28,11 +37,16 @@ struct TileBiasGradient {
     if (key_stride == 0) {
       Vec<F> sum = zero<F>();
       for (int j = from; j < to; j += W) sum += j + W <= to ? load(ds + j) : load(ds + j, to - j);
-      *row += reduce_add(sum);
+      *row = once ? reduce_add(sum) : *row + reduce_add(sum);
       return;
     }
     row += slots.column(tile.query[r], tile.key);
     int j = from;
+    if (once) {
+      for (; j + W <= to; j += W) store(row + j, load(ds + j));
+      if (j < to) store(row + j, load(ds + j, to - j), to - j);
+      return;
+    }
     for (; j + W <= to; j += W) store(row + j, load(row + j) + load(ds + j));
     if (j < to) store(row + j, load(row + j, to - j) + load(ds + j, to - j), to - j);
   }
