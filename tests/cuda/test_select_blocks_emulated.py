@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import hierkernels as hk
 from hierkernels.ops.select_blocks import cuda as backend
 from hierkernels.ops.select_blocks.spec import CORRECTNESS, SelectCase, _case, _logit
 from hierkernels.ops.select_blocks.testing import check_selection, make_inputs
@@ -103,6 +104,20 @@ def test_future_tokens_change_nothing(emulated_cuda: ModuleType, scoring: str) -
     k[:, :, 7:] = float("nan")  # windows that end at 35 and later
     changed = replace(inputs, k=k).run("cuda")
     assert torch.equal(changed[:, :, :35], inputs.run("cuda")[:, :, :35])
+
+
+def test_probabilities_of_the_chosen_blocks(emulated_cuda: ModuleType) -> None:
+    """With their gradients, as the reference has them."""
+    inputs = make_inputs(_BY_NAME["logit-g3"], F32)
+    found = []
+    for backend_name in ("cuda", "reference"):
+        q, k = (t.clone().requires_grad_() for t in (inputs.q, inputs.k))
+        indices, p = hk.select_blocks(
+            q, k, **inputs.options(), return_probabilities=True, backend=backend_name
+        )
+        found.append((indices, p, *torch.autograd.grad(p.square().sum(), (q, k))))
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference)
 
 
 def test_refusals(emulated_cuda: ModuleType) -> None:
