@@ -46,6 +46,8 @@ def _parameters() -> list:
 def test_accuracy(emulated_cuda: ModuleType, case: Case, dtype: torch.dtype) -> None:
     inputs = make_inputs(case, dtype)
     emulated_cuda.take_counts()
+    # Looking for races doubles the time: where the selection does, it is done.
+    emulated_cuda.set_options(seed=1, races=case.name in FLOAT32, bounds=True)
     with poisoned_memory():
         results = compute(inputs, "cuda")
     check_accuracy(inputs, results)
