@@ -85,7 +85,8 @@ struct SelectedForward {
       float top = kHiddenBelow, total = 0.f;
       const float* const of_row = statistics + sums_row(0, 2 * x);
       for (int w = warp % row_warps; w < S::kWarps; w += row_warps) top = fmaxf(top, of_row[w * 32]);
-      for (int w = warp % row_warps; w < S::kWarps; w += row_warps) total += of_row[w * 32 + 16] * natural_exp(of_row[w * 32] - top);
+      for (int w = warp % row_warps; w < S::kWarps; w += row_warps)
+        total += of_row[w * 32 + 16] * natural_exp(of_row[w * 32] - top);
       factor[x] = total == 0.f ? 0.f : natural_exp(state.top[x] - top) / total;
       state.top[x] = top;
       state.total[x] = total;
