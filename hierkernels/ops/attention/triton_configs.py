@@ -126,14 +126,39 @@ INTERPRETER = {
     "dbias": Config(32, 32, 4, 1, "always"),
 }
 
-# The short-sequence kernels hold whole sequences of at most this many rows and keys in one tile.
-SHORT_ROWS = 64
-SHORT_CHANNELS = 128
+# Several sequences share a tile if each has at most so many rows and keys: (channels up to, rows).
+SHORT_ROWS = ((128, 64), (256, 32))
+# (kernel, channels up to) -> a tile of all rows of several sequences; "pairs" as in DEMANDS.
+_SHORT = {
+    ("forward", 64): Config(64, 64, 4, 1, "always"),
+    ("forward", 64, "pairs"): Config(64, 64, 8, 1, "always"),
+    ("forward", 128): Config(64, 64, 8, 1, "always"),
+    ("forward", 128, "pairs"): Config(64, 32, 8, 1, "always"),
+    ("forward", 256): Config(32, 32, 4, 1, "always"),
+    ("dq", 64): Config(64, 64, 8, 1, "always"),
+    ("dq", 64, "pairs"): Config(64, 32, 8, 1, "always"),
+    ("dq", 128): Config(64, 32, 8, 1, "always"),
+    ("dq", 256): Config(32, 32, 8, 1, "always"),
+}
 
 
-def short_configuration(channels: int) -> Config:
-    """The configuration of the short-sequence kernels."""
-    return Config(SHORT_ROWS, SHORT_ROWS, 4 if channels <= 64 else 8, 1, "always")
+def short_rows(channels: int) -> int:
+    """The most rows and keys of sequences that share a tile; 0 if none do."""
+    return next((rows for most, rows in SHORT_ROWS if channels <= most), 0)
+
+
+def short_configuration(family: str, kernel: str, channels: int, pairs: bool) -> Config:
+    """The configuration of "forward" or "dq" where a tile holds several sequences."""
+    rows = short_rows(channels)
+    if family == "interpreter":
+        return Config(rows, 32, 4, 1, "always")
+    bucket = _bucket(channels)
+    plain = _SHORT[kernel, bucket]
+    return _SHORT.get((kernel, bucket, "pairs"), plain) if pairs else plain
+
+
+def _bucket(channels: int) -> int:
+    return 64 if channels <= 64 else 128 if channels <= 128 else 256
 
 
 def configuration(
@@ -151,7 +176,7 @@ def configuration(
     """
     if family == "interpreter":
         return INTERPRETER[kernel]
-    bucket = 64 if channels <= 64 else 128 if channels <= 128 else 256
+    bucket = _bucket(channels)
     if element_size == 4:
         config = _SINGLE[kernel, bucket]
     else:
