@@ -16,6 +16,7 @@ class Target:
 
     family: str  # device.device_family
     precision: str  # "ieee" or "tf32" (matters for float32), "emulated" in the interpreter
+    device: str = ""  # the name of the device, which may have a table of its own
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Launch:
     kernel: Any
     programs: int
     arguments: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name in tables: causal_sgu_forward."""
+        return self.kernel.__name__.removeprefix("_").removesuffix("_kernel")
 
     def run(self) -> None:
         self.kernel[(self.programs,)](**self.arguments)

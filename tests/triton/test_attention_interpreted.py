@@ -203,6 +203,14 @@ def test_loop_forms(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _check(_case("loop", N=100, window=(40, 3)), F32)
 
 
+def test_row_statistics_of_any_two_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dK/dV reads whole tiles of the statistics that dQ leaves in smaller ones."""
+    for kernel, rows in (("dq", 16), ("dkv", 64)):
+        config = replace(triton_configs.INTERPRETER[kernel], block_m=rows)
+        monkeypatch.setitem(triton_configs.INTERPRETER, kernel, config)
+    _check(_case("statistics", N=70, is_causal=True), F32)
+
+
 def test_dropout_in_whole_periods(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 64 keys share the generator's four words; the mask is the same."""
     for kernel in ("forward", "dq", "dkv"):

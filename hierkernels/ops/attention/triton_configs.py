@@ -7,27 +7,11 @@ a user's step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from hierkernels.triton_common.configs import Config, channels_bucket, choose
 from hierkernels.triton_common.device import device_family as device_family
-
-
-@dataclass(frozen=True)
-class Config:
-    """BLOCK_M query rows by BLOCK_N keys."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    loop: str  # "always", "branch" or "split": hierkernels.triton_common.key_range
-
-    def compiler_options(self) -> dict[str, int | bool]:
-        """What to launch with; Triton's default for fused multiply-adds differs by version."""
-        return {
-            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True
-        }  # fmt: skip
-
+from hierkernels.triton_common.launch import Target
 
 # (device, kernel, channels up to) -> configuration for 16-bit elements.
 # sm_80: an `if` round the mask makes dK/dV spill, so every tile is masked. sm_90, sm_100: "branch"
@@ -99,6 +83,12 @@ _SPECIAL = {
     ("sm_90", "dkv", 128, "stepped"): Config(32, 128, 8, 2, "always"),
     ("sm_100", "dkv", 128, "grouped"): Config(64, 128, 8, 1, "branch"),
 }
+KERNELS = {
+    "forward": "attention_forward",
+    "dq": "attention_backward_dq",
+    "dkv": "attention_backward_dkv",
+    "dbias": "attention_backward_dbias",
+}
 DEMANDS = ("slots", "pairs", "padded", "packed", "stepped", "grouped")
 
 # float32 products run on the ordinary units: smaller tiles. The second stage of dq keeps what is
@@ -135,9 +125,11 @@ _SHORT = {
     ("forward", 128): Config(64, 64, 8, 1, "always"),
     ("forward", 128, "pairs"): Config(64, 32, 8, 1, "always"),
     ("forward", 256): Config(32, 32, 4, 1, "always"),
-    ("dq", 64): Config(64, 64, 8, 1, "always"),
-    ("dq", 64, "pairs"): Config(64, 32, 8, 1, "always"),
+    ("forward", 256, "pairs"): Config(32, 32, 8, 1, "always"),
+    ("dq", 64): Config(64, 32, 8, 1, "always"),
+    ("dq", 64, "pairs"): Config(64, 16, 8, 1, "always"),
     ("dq", 128): Config(64, 32, 8, 1, "always"),
+    ("dq", 128, "pairs"): Config(64, 16, 8, 1, "always"),
     ("dq", 256): Config(32, 32, 8, 1, "always"),
 }
 
@@ -147,22 +139,31 @@ def short_rows(channels: int) -> int:
     return next((rows for most, rows in SHORT_ROWS if channels <= most), 0)
 
 
-def short_configuration(family: str, kernel: str, channels: int, pairs: bool) -> Config:
-    """The configuration of "forward" or "dq" where a tile holds several sequences."""
+def short_configuration(
+    target: Target, kernel: str, channels: int, element_size: int, pairs: bool
+) -> Config:
+    """The configuration of "forward", "dq" or "dbias" where a tile holds several sequences.
+
+    Its rows are short_rows(channels), and each of its tiles of keys is masked.
+    """
     rows = short_rows(channels)
-    if family == "interpreter":
+    if target.family == "interpreter":
         return Config(rows, 32, 4, 1, "always")
-    bucket = _bucket(channels)
-    plain = _SHORT[kernel, bucket]
-    return _SHORT.get((kernel, bucket, "pairs"), plain) if pairs else plain
-
-
-def _bucket(channels: int) -> int:
-    return 64 if channels <= 64 else 128 if channels <= 128 else 256
+    bucket = channels_bucket(channels)
+    if kernel == "dbias":
+        config = _heuristic(target.family, kernel, channels, element_size, frozenset())
+        block_n = config.block_n if bucket <= 128 else 16
+        config = replace(config, block_n=block_n, num_warps=8)
+    else:
+        plain = _SHORT[kernel, bucket]
+        config = _SHORT.get((kernel, bucket, "pairs"), plain) if pairs else plain
+    name = f"{8 * element_size}-bit d{bucket} short" + (" pairs" if pairs else "")
+    config = choose(target, KERNELS[kernel], name, config)
+    return replace(config, block_m=rows, loop="always")
 
 
 def configuration(
-    family: str,
+    target: Target,
     kernel: str,
     channels: int,
     element_size: int,
@@ -171,25 +172,32 @@ def configuration(
 ) -> Config:
     """The configuration of "forward", "dq", "dkv" or "dbias".
 
-    channels: the larger head dimension; n_rows: rows of one slot; demands: some of DEMANDS. The
-    BLOCK_M of dkv and dbias divides that of dq, whose row statistics they read without a mask.
+    channels: the larger head dimension; n_rows: rows of one slot; demands: some of DEMANDS.
     """
-    if family == "interpreter":
+    if target.family == "interpreter":
         return INTERPRETER[kernel]
-    bucket = _bucket(channels)
-    if element_size == 4:
-        config = _SINGLE[kernel, bucket]
-    else:
-        keys = [(family, kernel, bucket, name) for name in DEMANDS if name in demands]
-        special = next((_SPECIAL[key] for key in keys if key in _SPECIAL), None)
-        config = special or _HALF[family, kernel, bucket]
-        if special is None and "pairs" in demands and kernel != "dbias":
-            config = _with_pairs(config, family)
+    config = _heuristic(target.family, kernel, channels, element_size, demands)
     rows = max(16, 1 << (n_rows - 1).bit_length())
     if rows < config.block_m:
         # Rows are what the warps of dkv do not divide: its tile of keys stays as large.
         warps = config.num_warps if kernel == "dkv" else 4
         config = replace(config, block_m=rows, num_warps=warps)
+    bucket = f"{8 * element_size}-bit d{channels_bucket(channels)} rows{min(rows, 128)}"
+    names = [name for name in DEMANDS if name in demands]
+    return choose(target, KERNELS[kernel], " ".join((bucket, *names)), config)
+
+
+def _heuristic(
+    family: str, kernel: str, channels: int, element_size: int, demands: frozenset[str]
+) -> Config:
+    bucket = channels_bucket(channels)
+    if element_size == 4:
+        return _SINGLE[kernel, bucket]
+    keys = [(family, kernel, bucket, name) for name in DEMANDS if name in demands]
+    special = next((_SPECIAL[key] for key in keys if key in _SPECIAL), None)
+    config = special or _HALF[family, kernel, bucket]
+    if special is None and "pairs" in demands and kernel != "dbias":
+        config = _with_pairs(config, family)
     return config
 
 

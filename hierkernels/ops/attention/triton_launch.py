@@ -6,7 +6,6 @@ A plan only looks at shapes, strides and dtypes. The backend runs it, the ahead-
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from hierkernels.ops.attention.triton_backward import (
 )
 from hierkernels.ops.attention.triton_bias_gradient import _attention_backward_dbias_kernel
 from hierkernels.ops.attention.triton_forward import _attention_forward_kernel
+from hierkernels.triton_common.configs import Config
 from hierkernels.triton_common.key_range import range_arguments
 from hierkernels.triton_common.launch import Launch, Target
 from hierkernels.triton_common.tiles import LOG2E, padded, rows_stride
@@ -107,10 +107,10 @@ def _demands(call: AttentionCall, pack: int) -> dict[str, bool]:
     }
 
 
-def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) -> configs.Config:
+def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) -> Config:
     demands = _demands(call, pack)
     return configs.configuration(
-        target.family,
+        target,
         kernel,
         channels=_channels(call),
         element_size=call.q.element_size(),
@@ -119,7 +119,13 @@ def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) 
     )
 
 
-def _tiles(config: configs.Config) -> dict[str, Any]:
+def _short(call: AttentionCall, target: Target, kernel: str, pack: int) -> Config:
+    """The configuration where a tile holds several sequences."""
+    pairs, size = _demands(call, pack)["pairs"], call.q.element_size()
+    return configs.short_configuration(target, kernel, _channels(call), size, pairs)
+
+
+def _tiles(config: Config) -> dict[str, Any]:
     return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **config.compiler_options()}
 
 
@@ -141,8 +147,7 @@ def _row_tiles(
     (B, H, Nq, _), (Hkv, Nk) = call.q.shape, call.k.shape[1:3]
     items = B * Hkv
     if is_short(call):
-        pairs = _demands(call, pack)["pairs"]
-        config = configs.short_configuration(target.family, kernel, _channels(call), pairs)
+        config = _short(call, target, kernel, pack)
         of_slot = config.block_m // max(Nq * pack, Nk)
         programs = triton.cdiv(items, of_slot)
     else:
@@ -198,11 +203,9 @@ def _shared_bias_launch(
     """The launch for a bias (1|B, 1|Hq, Nq|1, Nk) or (1, Hq, w, slots), and its partial sums."""
     (B, H, Nq, _), (Bb, Hb, rows, columns) = call.q.shape, bias.shape
     several, of_slot = is_short(call) and not call.bias_width, 1
-    config = _configuration(call, target, "dbias", 1)
+    config = (_short if several else _configuration)(call, target, "dbias", 1)
     if several:
-        most = configs.short_rows(_channels(call))
-        of_slot = most // max(Nq, columns)
-        config = replace(config, block_m=most)
+        of_slot = config.block_m // max(Nq, columns)
     programs = triton.cdiv(columns * of_slot, config.block_n) * Bb * Hb
     if not several:
         programs *= triton.cdiv(rows, config.block_m)
@@ -239,10 +242,13 @@ def plan_backward(
         form = "shared"
     pack = 1 if form in ("head", "shared") and not short else _pack(call)
     programs, rows = _row_tiles(call, target, "dq", pack)
-    # Row statistics in packed order, padded to whole tiles, or in the order of lse.
+    config = _configuration(call, target, "dkv", pack)
+    # Row statistics in packed order, padded to whole tiles of both kernels, or in that of lse.
     slots, n_stats = B * (H // pack), Nq
     if not short:
-        n_stats = programs // slots * rows["BLOCK_M"]
+        block_m = max(rows["BLOCK_M"], config.block_m)
+        n_stats = triton.cdiv(Nq * pack, block_m) * block_m
+        programs = slots * (n_stats // rows["BLOCK_M"])
     level = delta = None
     if not short or form == "shared":
         level, delta = lse.new_empty(2, B * H if short else slots, n_stats)
@@ -273,7 +279,6 @@ def plan_backward(
         "STATS": "none" if level is None else "natural" if short else "packed",
     })]  # fmt: skip
     if not short:
-        config = _configuration(call, target, "dkv", pack)
         launches.append(Launch(
             _attention_backward_dkv_kernel, triton.cdiv(Nk, config.block_n) * Hkv * B, {
                 **both, "dbias_ptr": sums, "PACK": pack,
