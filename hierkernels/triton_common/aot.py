@@ -70,7 +70,7 @@ class Report:
         return (
             f"sm_{self.arch:<4d}{self.case:14s}D{self.channels:<4d}{self.kernel:15s}{self.tile:22s}"
             f"{self.registers:4d} registers {self.spill_stores:4d}/{self.spill_loads:<4d} B spill "
-            f"{self.shared / 1024:6.1f} KiB  {self.products:12s}{self.seconds:5.1f} s  "
+            f"{self.shared / 1024:6.1f} KiB  {self.products:14s}{self.seconds:5.1f} s  "
             f"{self.problem or 'ok'}"
         )
 
@@ -160,6 +160,8 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
     multiplies = "tt.dot" in compiled.asm["ttir"]
     plain = "fma" if multiplies else "none"
     products = next((f"{kind.split('.')[0]} {n}" for kind, n in counts.items() if n), plain)
+    if "cp.async.bulk.tensor" in ptx:
+        products += " tma"
     spills = number(r"(\d+) bytes spill stores")
     shared, limit = compiled.metadata.shared, SHARED_MEMORY[arch]
     problems = []
@@ -171,7 +173,7 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
         problems.append(f"tensor memory over {_TENSOR_MEMORY}")
     if "serializ" in log:
         problems.append("serialised")
-    if case.dtype != "float32" and products == "fma":
+    if case.dtype != "float32" and products.startswith("fma"):
         problems.append("no tensor cores")
     blocks = [arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C") if name in arguments]
     tile = "x".join(map(str, blocks[:2])) + f" w{options['num_warps']}s{options['num_stages']}"

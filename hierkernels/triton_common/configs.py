@@ -33,7 +33,11 @@ SHIPPED = Path(__file__).parent / "tables"
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of block_m by block_n, in steps of block_k where a kernel has these."""
+    """A tile of block_m by block_n, in steps of block_k where a kernel has these.
+
+    descriptors: tiles of keys and values are fetched by the tensor memory accelerator, where the
+    kernel, the device (sm_90, sm_100) and the tensors' alignment permit it.
+    """
 
     block_m: int
     block_n: int
@@ -41,6 +45,7 @@ class Config:
     num_stages: int
     loop: str = "always"
     block_k: int = 0
+    descriptors: bool = False
 
     def compiler_options(self) -> dict[str, int | bool]:
         """What to launch with; Triton's default for fused multiply-adds differs by version."""
@@ -50,7 +55,8 @@ class Config:
 
     def __str__(self) -> str:
         tile = "x".join(str(n) for n in (self.block_m, self.block_n, self.block_k) if n)
-        return f"{tile} w{self.num_warps}s{self.num_stages} {self.loop}"
+        fetch = " descriptors" if self.descriptors else ""
+        return f"{tile} w{self.num_warps}s{self.num_stages} {self.loop}{fetch}"
 
 
 def channels_bucket(channels: int) -> int:
@@ -173,11 +179,11 @@ def _read_config(where: str, entry: Any) -> Config:
     allowed = {
         "block_m": (16, 32, 64, 128, 256), "block_n": (16, 32, 64, 128, 256),
         "num_warps": (1, 2, 4, 8, 16), "num_stages": tuple(range(1, 9)), "loop": LOOPS,
-        "block_k": (0, 16, 32, 64, 128, 256),
+        "block_k": (0, 16, 32, 64, 128, 256), "descriptors": (False, True),
     }  # fmt: skip
     for name in names & entry.keys():
         value = entry[name]
-        if isinstance(value, bool) or value not in allowed[name]:
+        if isinstance(value, bool) != (name == "descriptors") or value not in allowed[name]:
             options = ", ".join(map(str, allowed[name]))
             raise ValueError(f"{where}: {name} must be one of {options}, got {value!r}")
     return Config(**{name: entry[name] for name in names & entry.keys()})

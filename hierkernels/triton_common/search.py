@@ -43,14 +43,18 @@ class Space:
     num_stages: tuple[int, ...] = (1, 2, 3, 4)
     loop: tuple[str, ...] = ("always",)
     block_k: tuple[int, ...] = (0,)
+    descriptors: tuple[bool, ...] = (False,)
 
     def candidates(self) -> Iterator[Config]:
         """Every combination whose tile has a sensible number of elements for each thread."""
-        for m, n, warps, stages, loop, k in itertools.product(
-            self.block_m, self.block_n, self.num_warps, self.num_stages, self.loop, self.block_k
-        ):
-            if _FEWEST <= m * n // (32 * warps) <= _MOST:
-                yield Config(m, n, warps, stages, loop, k)
+        every = itertools.product(
+            self.block_m, self.block_n, self.num_warps, self.num_stages, self.loop, self.block_k,
+            self.descriptors,
+        )  # fmt: skip
+        for config in itertools.starmap(Config, every):
+            elements = config.block_m * config.block_n // (32 * config.num_warps)
+            if _FEWEST <= elements <= _MOST:
+                yield config
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,10 @@ def candidates(task: Task, family: str, limit: int | None = None) -> list[Config
     """
     space: Space = importlib.import_module(task.module).SPACES[task.kernel]
     target = target_for(task.case, family)
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "LOOP", "num_warps", "num_stages")
+    names = (
+        "BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "LOOP", "num_warps", "num_stages",
+        "DESCRIPTORS",
+    )  # fmt: skip
     kept: list[Config] = []
     seen: set[tuple[Any, ...]] = set()
     for config in itertools.chain((task.heuristic,), space.candidates()):

@@ -18,8 +18,9 @@ from hierkernels.key_range import KeyRange, Staircase
 from hierkernels.ops.attention import reference, triton_configs
 from hierkernels.ops.attention import triton as backend
 from hierkernels.ops.attention.spec import Case, dtype_name
-from hierkernels.ops.attention.triton_launch import is_short
+from hierkernels.ops.attention.triton_launch import is_short, plan_forward
 from hierkernels.testing import check_accuracy, compute, make_inputs, make_standard, poisoned_memory
+from hierkernels.triton_common.device import target_of
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -201,6 +202,21 @@ def test_loop_forms(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel, config in triton_configs.INTERPRETER.items():
         monkeypatch.setitem(triton_configs.INTERPRETER, kernel, replace(config, loop=loop))
     _check(_case("loop", N=100, window=(40, 3)), F32)
+
+
+@pytest.mark.parametrize("case", [
+    _case("causal", N=70, D=24, is_causal=True), _case("window", 1, 4, 66, Hkv=2, window=(20, 5)),
+    _case("packed", 2, 4, 30, Hkv=2, Nk=70, layout="bnhd", bias="hqk"),
+    _case("unaligned", D=18, is_causal=True, layout="unaligned"),
+], ids=str)  # fmt: skip
+def test_tensor_descriptors(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values fetched by descriptors; where their rows are not aligned, by pointers."""
+    config = replace(triton_configs.INTERPRETER["forward"], descriptors=True)
+    monkeypatch.setitem(triton_configs.INTERPRETER, "forward", config)
+    call = make_inputs(case, F32).call()
+    launch = plan_forward(call, target_of(call.q, True), *call.new_outputs())[0]
+    assert launch.arguments["DESCRIPTORS"] == (case.layout != "unaligned")
+    _check(case, F32)
 
 
 def test_row_statistics_of_any_two_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ See hierkernels/triton_common/aot.py for what is a failure.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from hierkernels.ops.attention.api import make_call
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.attention.triton_launch import plan_backward, plan_forward
 from hierkernels.ops.local_attention import api as local_attention
+from hierkernels.triton_common import configs
 from hierkernels.triton_common.aot import ARCHITECTURES as ARCHITECTURES
 from hierkernels.triton_common.aot import main, new_tensor
 from hierkernels.triton_common.launch import Launch, Target
@@ -66,6 +67,8 @@ CASES = (
     Case("cross", 128, queries=64),
     Case("cross", 256, queries=64),
     Case("window", 64, options="window"),
+    Case("descriptors", 64, options="descriptors"),
+    Case("descriptors", 128, options="descriptors"),
     Case("odd", 80),
     Case("bias", 128, options="bias"),
     Case("bias", 256, options="bias"),
@@ -111,7 +114,9 @@ TUNING = (
 )
 _LOOPS = ("always", "branch", "split")
 SPACES = {
-    "attention_forward": Space((16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4), _LOOPS),
+    "attention_forward": Space(
+        (16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4), _LOOPS, descriptors=(False, True)
+    ),
     "attention_backward_dq": Space((16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3), _LOOPS),
     "attention_backward_dkv": Space((16, 32, 64, 128), (64, 128), (4, 8), (1, 2, 3), _LOOPS),
     "attention_backward_dbias": Space((32, 64, 128), (32, 64), (4, 8), (1, 2)),
@@ -149,6 +154,7 @@ def _make_call(case: Case, device: str) -> AttentionCall:
         "dropout": {"dropout_p": 0.1, "dropout_seed": 1},
         "slot_bias": {"attn_bias": new(H, 128, 256)},  # of local attention
         "lse": {},
+        "descriptors": {},
     }
     arguments: dict[str, Any] = {"is_causal": True}
     for name in case.options.split():
@@ -165,7 +171,13 @@ def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     out, lse = call.new_outputs()
     dlse = lse if "lse" in case.options.split() else None
     launches, _ = plan_backward(call, target, out, lse, out, dlse, call.new_gradients(), call.bias)
-    return plan_forward(call, target, out, lse) + launches
+    with configs.watching() as seen:
+        forward = plan_forward(call, target, out, lse)
+    if "descriptors" in case.options.split():
+        config = replace(seen["attention_forward"][1], descriptors=True)
+        with configs.trying("attention_forward", config):
+            forward = plan_forward(call, target, out, lse)
+    return forward + launches
 
 
 if __name__ == "__main__":

@@ -82,9 +82,10 @@ def _attention_forward_kernel(
     FUSED: tl.constexpr,
     NATURAL: tl.constexpr,
     LOOP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out and lse (natural logarithm) of one tile of rows."""
+    """out and lse (natural logarithm) of one tile of rows; DESCRIPTORS: not with SEVERAL."""
     lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
     hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
     m0, batch, head, _number, slot = program_slot(
@@ -116,6 +117,13 @@ def _attention_forward_kernel(
     )
     q_at = offsets(row, stride_q, PACK, SEVERAL)
     q = load_tile(q_ptr, q_at, is_row, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    if DESCRIPTORS:
+        k_tiles = tl.make_tensor_descriptor(
+            k_ptr, [n_keys, D], [stride_k[2], 1], [BLOCK_N, BLOCK_D]
+        )
+        v_tiles = tl.make_tensor_descriptor(
+            v_ptr, [n_keys, DV], [stride_v[2], 1], [BLOCK_N, BLOCK_DV]
+        )
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -126,10 +134,11 @@ def _attention_forward_kernel(
             columns = n0 + tl.arange(0, BLOCK_N)
             is_key = columns < slot[2]
             key = key_places(columns, slot, PACK, SEVERAL)
-            k_at = offsets(key, stride_k, 1, SEVERAL)
-            k = load_tile(
-                k_ptr, k_at, is_key, D, BLOCK_D, LOOP != "split" or phase == 1
-            )  # [BLOCK_N, BLOCK_D]
+            if DESCRIPTORS:
+                k = k_tiles.load([n0, 0])  # [BLOCK_N, BLOCK_D]
+            else:
+                k_at = offsets(key, stride_k, 1, SEVERAL)
+                k = load_tile(k_ptr, k_at, is_key, D, BLOCK_D, LOOP != "split" or phase == 1)
             dots = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
             s, _slope = modified(
                 dots, mods, rows[:, None], columns[None, :], slot,
@@ -150,10 +159,11 @@ def _attention_forward_kernel(
                     BLOCK_M, BLOCK_N, False, not SEVERAL,
                 )  # fmt: skip
                 p = tl.where(keep, p, 0.0)
-            v = load_tile(
-                v_ptr, offsets(key, stride_v, 1, SEVERAL), is_key, DV, BLOCK_DV,
-                LOOP != "split" or phase == 1,
-            )  # [BLOCK_N, BLOCK_DV]  # fmt: skip
+            if DESCRIPTORS:
+                v = v_tiles.load([n0, 0])  # [BLOCK_N, BLOCK_DV]
+            else:
+                v_at = offsets(key, stride_v, 1, SEVERAL)
+                v = load_tile(v_ptr, v_at, is_key, DV, BLOCK_DV, LOOP != "split" or phase == 1)
             acc = dot(rounded(p, v.dtype, PRECISION), v, acc, PRECISION)
 
     safe = tl.where(total == 0.0, 1.0, total)

@@ -142,8 +142,8 @@ def is_short(call: AttentionCall) -> bool:
 
 def _row_tiles(
     call: AttentionCall, target: Target, kernel: str, pack: int
-) -> tuple[int, dict[str, Any]]:
-    """(programs, their arguments) of a kernel that owns tiles of rows."""
+) -> tuple[int, Config, dict[str, Any]]:
+    """(programs, configuration, arguments) of a kernel that owns tiles of rows."""
     (B, H, Nq, _), (Hkv, Nk) = call.q.shape, call.k.shape[1:3]
     items = B * Hkv
     if is_short(call):
@@ -153,7 +153,7 @@ def _row_tiles(
     else:
         config, of_slot = _configuration(call, target, kernel, pack), 1
         programs = triton.cdiv(Nq * pack, config.block_m) * (H // pack) * B
-    return programs, {
+    return programs, config, {
         "n_items": items, "items_of_slot": of_slot, "SEVERAL": is_short(call), "PACK": pack,
         "LOOP": config.loop, **_tiles(config),
     }  # fmt: skip
@@ -162,15 +162,26 @@ def _row_tiles(
 # ---- forward ----
 
 
+def _describable(call: AttentionCall, target: Target) -> bool:
+    """Whether tensor descriptors can fetch keys and values: every row starts at 16 bytes."""
+    if is_short(call) or target.family not in ("sm_90", "sm_100", "interpreter"):
+        return False
+    size = call.k.element_size()
+    numbers = (*rows_stride(call.k), *rows_stride(call.v))
+    starts = (0, 0) if call.k.is_meta else (call.k.data_ptr(), call.v.data_ptr())
+    return all(n * size % 16 == 0 for n in numbers) and all(at % 16 == 0 for at in starts)
+
+
 def plan_forward(
     call: AttentionCall, target: Target, out: torch.Tensor, lse: torch.Tensor
 ) -> list[Launch]:
     """The launches that fill out and lse; nothing in the call is empty."""
     pack = _pack(call)
-    programs, rows = _row_tiles(call, target, "forward", pack)
+    programs, config, rows = _row_tiles(call, target, "forward", pack)
+    descriptors = config.descriptors and _describable(call, target)
     return [Launch(_attention_forward_kernel, programs, {
         **_every_kernel(call, target, pack), **rows, "out_ptr": out, "lse_ptr": lse,
-        "stride_out": rows_stride(out),
+        "stride_out": rows_stride(out), "DESCRIPTORS": descriptors,
     })]  # fmt: skip
 
 
@@ -241,7 +252,7 @@ def plan_backward(
     if short and form in ("head", "group"):  # their rows are not a kernel's own
         form = "shared"
     pack = 1 if form in ("head", "shared") and not short else _pack(call)
-    programs, rows = _row_tiles(call, target, "dq", pack)
+    programs, _, rows = _row_tiles(call, target, "dq", pack)
     config = _configuration(call, target, "dkv", pack)
     # Row statistics in packed order, padded to whole tiles of both kernels, or in that of lse.
     slots, n_stats = B * (H // pack), Nq
