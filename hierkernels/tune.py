@@ -35,14 +35,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=FAMILIES, help="for --dry-run: the devices to plan for")
     parser.add_argument("--kernel", nargs="*", help="only these kernels: attention_forward, ...")
     parser.add_argument("--case", nargs="*", help="only calls of these names: causal, short, ...")
-    parser.add_argument("--candidates", type=int, help="at most so many for each kernel and bucket")
+    parser.add_argument(
+        "--candidates", type=int, default=64, metavar="N",
+        help="for each kernel and bucket the N that are nearest to the heuristic's (default: 64)",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, help="the table's file (default: the user's cache)")
     jobs = max(1, (os.cpu_count() or 1))
     parser.add_argument("--jobs", type=int, default=jobs, help="compilers that run at once")
     return parser
 
 
-def _fitting(task: Task, family: str, limit: int | None, jobs: int) -> list[Config]:
+def _fitting(task: Task, family: str, limit: int, jobs: int) -> list[Config]:
     """The candidates of a task that fit the device, each judgement printed."""
     from hierkernels.triton_common import search
 
@@ -94,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
             "no GPU is there (torch.cuda.is_available() is False); "
             "--dry-run --device sm_90 shows what would be timed"
         )
-    if options.candidates is not None and options.candidates < 1:
+    if options.candidates < 1:
         parser.error(f"--candidates must be at least 1, got {options.candidates}")
 
     from hierkernels.triton_common import configs, search

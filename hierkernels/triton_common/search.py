@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -101,10 +102,19 @@ def tasks(family: str, kernels: list[str] | None, cases: list[str] | None) -> li
     return list(found.values())
 
 
-def candidates(task: Task, family: str, limit: int | None = None) -> list[Config]:
-    """The heuristic's configuration, then others that lead to launches different from it.
+def _distance(a: Config, b: Config) -> float:
+    """Doublings between two configurations; another loop or way of fetching counts as one."""
+    steps = 0.0
+    for name in ("block_m", "block_n", "block_k", "num_warps", "num_stages"):
+        x, y = getattr(a, name), getattr(b, name)
+        steps += abs(math.log2(max(x, 1)) - math.log2(max(y, 1)))
+    return steps + (a.loop != b.loop) + (a.descriptors != b.descriptors)
 
-    limit: at most so many.
+
+def candidates(task: Task, family: str, limit: int) -> list[Config]:
+    """The heuristic's configuration, then those next to it, `limit` at most.
+
+    Each leads to another launch.
     """
     space: Space = importlib.import_module(task.module).SPACES[task.kernel]
     target = target_for(task.case, family)
@@ -114,7 +124,8 @@ def candidates(task: Task, family: str, limit: int | None = None) -> list[Config
     )  # fmt: skip
     kept: list[Config] = []
     seen: set[tuple[Any, ...]] = set()
-    for config in itertools.chain((task.heuristic,), space.candidates()):
+    others = sorted(space.candidates(), key=lambda config: _distance(config, task.heuristic))
+    for config in (task.heuristic, *others):
         arguments = _plan(task, config, target, "meta")[1].arguments
         key = tuple(arguments.get(name) for name in names)
         if key not in seen:
