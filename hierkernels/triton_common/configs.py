@@ -96,11 +96,14 @@ def trying(kernel: str, config: Config) -> Iterator[None]:
 def watching() -> Iterator[dict[str, tuple[str, Config]]]:
     """(bucket, heuristic) by kernel, of the choices that plans made inside ask for."""
     global _watched
-    before, _watched = _watched, {}
+    before, seen = _watched, {}
+    _watched = seen
     try:
-        yield _watched
+        yield seen
     finally:
         _watched = before
+        if before is not None:
+            before.update(seen)
 
 
 # ---- tables ----

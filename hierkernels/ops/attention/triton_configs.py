@@ -80,6 +80,7 @@ _SPECIAL = {
     ("sm_86", "dkv", 128, "padded"): Config(64, 64, 8, 1, "always"),
     ("sm_90", "forward", 256, "slots"): Config(64, 32, 8, 2, "split"),
     ("sm_90", "dq", 256, "slots"): Config(64, 32, 8, 2, "split"),
+    ("sm_90", "dkv", 128, "slots"): Config(32, 64, 8, 2, "split"),
     ("sm_90", "dkv", 128, "stepped"): Config(32, 128, 8, 2, "always"),
     ("sm_100", "dkv", 128, "grouped"): Config(64, 128, 8, 1, "branch"),
 }
