@@ -96,7 +96,8 @@ def trying(kernel: str, config: Config) -> Iterator[None]:
 def watching() -> Iterator[dict[str, tuple[str, Config]]]:
     """(bucket, heuristic) by kernel, of the choices that plans made inside ask for."""
     global _watched
-    before, seen = _watched, {}
+    before = _watched
+    seen: dict[str, tuple[str, Config]] = {}
     _watched = seen
     try:
         yield seen
