@@ -66,13 +66,12 @@ void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
   add_kernels<T, 128>(to, type);
   add_kernels<T, 256>(to, type);
   to.push_back(info<BiasGradientShape<T>>("bias_gradient", type));
-  to.push_back({"attention_delta_kernel<" + type + ">", kDeltaThreads, 0});
 }
 
 }  // namespace
 
 std::vector<KernelInfo> attention_kernels() {
-  std::vector<KernelInfo> kernels;
+  std::vector<KernelInfo> kernels{{"attention_delta_kernel", kDeltaThreads, 0}};
   add_kernels<BFloat16>(kernels, "BFloat16");
   add_kernels<Float16>(kernels, "Float16");
   add_kernels<float>(kernels, "float");
