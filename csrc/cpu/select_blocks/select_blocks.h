@@ -13,6 +13,9 @@ void select_blocks(const SelectParams& p);
 namespace avx512 {
 void select_blocks(const SelectParams& p);
 }
+namespace avx512bf16 {
+void select_blocks(const SelectParams& p);  // of bfloat16, with lse
+}
 
 // Chooses the kernel for the instruction set in use (isa.h) and runs it.
 void select_blocks(const SelectParams& p);
