@@ -20,6 +20,7 @@ from hierkernels.ops.selected_attention.triton_backward import (
 from hierkernels.ops.selected_attention.triton_blocks import _selected_attention_lists_kernel
 from hierkernels.ops.selected_attention.triton_forward import _selected_attention_forward_kernel
 from hierkernels.ops.selected_attention.triton_inverse import Inverse, invert
+from hierkernels.triton_common.configs import Config
 from hierkernels.triton_common.launch import Launch, Target
 from hierkernels.triton_common.tiles import LOG2E, padded, rows_stride
 
@@ -42,7 +43,7 @@ def _heads(call: SelectedCall) -> int:
     return call.q.shape[1] // call.indices.shape[1]
 
 
-def _configuration(call: SelectedCall, target: Target, kernel: str) -> configs.Config:
+def _configuration(call: SelectedCall, target: Target, kernel: str) -> Config:
     channels = max(call.q.shape[-1], call.v.shape[-1])
     return configs.configuration(
         target, kernel, channels, call.q.element_size(), _block_size(call), _heads(call)
