@@ -27,8 +27,8 @@ from hierkernels.testing import compute, poisoned_memory, threads
 
 CORE = native()
 BACKENDS = ("reference",) if CORE is None else ("cpu", "reference")
-# The levels above avx512 have no kernel of their own: they take that of avx512.
-LEVELS = ("generic", "avx2", "avx512")
+# Those with a kernel of their own.
+LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
 ISAS: list[str] = [] if CORE is None else [isa for isa in CORE.cpu_isas() if isa in LEVELS]
 CASES = {case.name: case for case in CORRECTNESS}
 needs_core = pytest.mark.skipif(CORE is None, reason="the compiled core is missing")

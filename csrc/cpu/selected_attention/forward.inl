@@ -23,6 +23,7 @@ class SelectedForward {
   using O = Operands<E>;
   using F = typename O::Sum;
   static constexpr int W = kWidth<F>, kTerms = O::kTerms;
+  static constexpr int kMostRuns = kTerms == 1 ? 1 : 3;  // of a visit
 
  public:
   SelectedForward(const SelectedParams& p, const Storage<F>& storage)
@@ -49,11 +50,12 @@ class SelectedForward {
     rounded_at_ = part(kTerms == 1 ? 0 : rows_ * stride_ / kTerms);
     state_at_ = part(5 * state);
     tiles_at_ = layout_.add(tiles_ * sizeof(E*));
-    runs_at_ = layout_.add(tiles_ * sizeof(Run<E>));
+    runs_at_ = layout_.add(tiles_ * kMostRuns * sizeof(Run<E>));
     columns_at_ = layout_.add(tiles_ * sizeof(Span));
     weights_at_ = part(tiles_);
     k_at_ = part(prepared_ ? 0 : tiles_ * k_.tile_size());
     v_at_ = part(prepared_ || v_.in_place() ? 0 : static_cast<int64_t>(tiles_) * W / kTerms * v_.padded());
+    edges_at_ = part(prepared_ && kTerms == 2 ? static_cast<int64_t>(tiles_) * kMostRuns * v_.padded() : 0);
     seen_at_ = layout_.add(static_cast<size_t>(p.blocks()) * sizeof(int32_t));
   }
 
@@ -92,12 +94,13 @@ class SelectedForward {
     E *q, *rounded;   // queries, probabilities: where products cannot read them as they are
     SoftmaxRows<F> rows;
     const E** tiles;  // of keys, in the order of the columns
-    Run<E>* runs;     // of values, one for each visit
+    Run<E>* runs;     // of values
     Span* columns;    // of the visits: the scores that are theirs
-    F* weights;       // of the runs
+    F* weights;       // of the visits
     E *k, *v;         // a visit's own tiles and rows
+    E* edges;         // pairs of which a visit sees one half
     VisitWalker walker;
-    int n_tiles = 0, n_runs = 0;
+    int n_tiles = 0, n_runs = 0, n_visits = 0;
     int64_t b = 0, kv_head = 0;
     Rows v_rows{};
     const E *k_copy = nullptr, *v_copy = nullptr;
@@ -114,6 +117,7 @@ class SelectedForward {
           weights(at<F>(scratch, f.weights_at_)),
           k(at<E>(scratch, f.k_at_)),
           v(at<E>(scratch, f.v_at_)),
+          edges(at<E>(scratch, f.edges_at_)),
           walker(f.p_, reinterpret_cast<int32_t*>(scratch + f.seen_at_)) {
       const int state = round_up(f.rows_, W);
       rows = {inverse + state, inverse + 2 * state, inverse + 3 * state, inverse + 4 * state};
@@ -156,7 +160,7 @@ class SelectedForward {
     }
 
     Update update = Update::kStore;
-    w.n_tiles = w.n_runs = 0;
+    w.n_tiles = w.n_runs = w.n_visits = 0;
     const auto flush = [&] {
       if (w.n_tiles == 0) return;
       multiply_tile_list<E>(n, q, q_stride, w.tiles, w.n_tiles, k_.dim(), static_cast<F>(p_.scale * kLog2E), w.scores,
@@ -165,7 +169,7 @@ class SelectedForward {
       multiply_run_list<E>(n, probabilities(w, n), stride_ / kTerms, w.runs, w.n_runs, v_.row_stride(), v_.dim(),
                            {w.out, v_.padded(), update, w.rows.rescale});
       update = Update::kRescale;
-      w.n_tiles = w.n_runs = 0;
+      w.n_tiles = w.n_runs = w.n_visits = 0;
     };
     w.walker.walk(w.b, choice, i, [&](const Visit& visit) {
       const F weight = weight_of<F>(p_, w.b, choice, i, visit.slot);
@@ -208,13 +212,31 @@ class SelectedForward {
     } else {
       for (int t = 0; t < count; ++t) w.tiles[w.n_tiles + t] = k_.tile(w.k_copy, key / W + t);
     }
-    // A pair that the visit begins or ends in the middle of meets a probability of 0.
-    w.runs[w.n_runs] = {v, at / kTerms, O::terms(at % kTerms + terms)};
-    w.columns[w.n_runs] = {at, at + terms};
-    w.weights[w.n_runs] = weight;
-    ++w.n_runs;
+    add_runs(w, v, at, at + terms);
+    w.columns[w.n_visits] = {at, at + terms};
+    w.weights[w.n_visits] = weight;
+    ++w.n_visits;
     w.n_tiles += count;
     return terms;
+  }
+
+  // The values of the columns [begin, end), from the operand v with the first of them on.
+  HK_INLINE void add_runs(Work& w, const E* v, int begin, int end) const {
+    if constexpr (kTerms == 1) {
+      w.runs[w.n_runs++] = {v, begin, end - begin};
+    } else {
+      const int first = (begin + 1) / 2, last = prepared_ ? end / 2 : O::terms(end);
+      if (first > begin / 2) add_edge(w, v, begin / 2, 0xffff0000u);
+      v += (first - begin / 2) * v_.row_stride();
+      if (last > first) w.runs[w.n_runs++] = {v, first, last - first};
+      if (prepared_ && end % 2) add_edge(w, v + (last - first) * v_.row_stride(), last, 0xffffu);
+    }
+  }
+  // The half of a pair of values that a visit sees. A probability of 0 would not hide the other one if it is NaN.
+  void add_edge(Work& w, const E* v, int at, uint32_t half) const {
+    E* const to = w.edges + static_cast<int64_t>(w.n_runs) * v_.padded();
+    for (int c = 0; c < v_.padded(); ++c) to[c].bits = v[c].bits & half;
+    w.runs[w.n_runs++] = {to, at, 1};
   }
 
   // One step of the online softmax for n rows: scores become 2^(score - max), zeros where not visible.
@@ -223,7 +245,7 @@ class SelectedForward {
     const int end = w.n_tiles * W;
     for (int r = 0; r < n; ++r) {
       F* scores = w.scores + r * stride_;
-      for (int i = 0; i < w.n_runs; ++i) {
+      for (int i = 0; i < w.n_visits; ++i) {
         const int from = w.columns[i].begin, to = w.columns[i].end;
         if (p_.weights) {
           const Vec<F> weight = set1(w.weights[i]);
@@ -286,7 +308,7 @@ class SelectedForward {
   int64_t stride_;    // of rows of scores
   bool prepared_, q_in_place_;
   ScratchLayout layout_;
-  size_t scores_at_, out_at_, q_at_, rounded_at_, columns_at_, state_at_, tiles_at_, runs_at_, weights_at_, k_at_, v_at_, seen_at_;
+  size_t scores_at_, out_at_, q_at_, rounded_at_, columns_at_, edges_at_, state_at_, tiles_at_, runs_at_, weights_at_, k_at_, v_at_, seen_at_;
 };
 
 }  // namespace
