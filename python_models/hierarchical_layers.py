@@ -25,19 +25,23 @@ EXPANSION = 4  # hidden channels of a compression, for each channel of the embed
 
 
 class RMSNorm(nn.Module):
-    """Scales every token to length ``sqrt(C)``, times gamma: ``(..., C) -> (..., C)``."""
+    """Scales every token to length ``sqrt(C)``, times gamma: ``(..., N, C)`` to the same.
+
+    ``shift`` delays the second half of the channels first, by so many tokens.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = dim**0.5
         self.gamma = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return normalize(x, self.scale * self.gamma, 1e-12)
+    def forward(self, x: Tensor, shift: int = 0) -> Tensor:
+        # The length is at least 1e-12, the root mean square so much divided by sqrt(C).
+        return normalize(x, self.gamma, 1e-12 / self.scale, shift)
 
 
 class FeedForward(nn.Module):
-    """Norm, expansion by ``mult``, GELU, contraction: ``(..., C) -> (..., C)``."""
+    """Token shift, norm, expansion by ``mult``, GELU, contraction: ``(..., N, C)`` to the same."""
 
     def __init__(self, dim: int, mult: float) -> None:
         super().__init__()
@@ -49,8 +53,9 @@ class FeedForward(nn.Module):
             nn.Linear(inner, dim, bias=False),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def forward(self, x: Tensor, shift: int = 0) -> Tensor:
+        norm, expand, act, contract = self.net
+        return contract(act(expand(norm(x, shift))))
 
 
 class Attention(nn.Module):
@@ -165,7 +170,7 @@ class HierarchicalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.attn is not None:
             x = self.by_class(self.attn, token_shift(x, self.classes)) + x
-        return self.ff(token_shift(x, self.classes)) + x
+        return self.ff(x, self.classes) + x
 
     def by_class(self, attend: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Runs ``(B * classes, M', C)`` to the same on the residue classes of ``x (B, M, C)``.

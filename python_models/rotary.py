@@ -27,6 +27,11 @@ class RotaryEmbedding(nn.Module):
         positions = torch.arange(length, device=self.inv_freq.device, dtype=self.inv_freq.dtype)
         return torch.outer(positions, self.inv_freq)
 
+    def tables_of_pairs(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for hk.rotary, positions from 0 on, each ``(length, D / 2)``."""
+        angles = self.angles(length)
+        return angles.cos(), angles.sin()
+
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         """Tables for :func:`apply_rotary` of positions 0 to length - 1, each ``(length, D)``."""
         angles = self.angles(length)
