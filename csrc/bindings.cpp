@@ -4,8 +4,10 @@
 #include <string>
 
 #include "cpu/attention/attention.h"
+#include "cpu/gated_sum/gated_sum.h"
 #include "cpu/isa.h"
 #include "cpu/rowwise/rowwise.h"
+#include "cpu/scratch.h"
 #include "cpu/select_blocks/select_blocks.h"
 #include "cpu/selected_attention/selected_attention.h"
 #include "cpu/sgu/sgu.h"
@@ -26,6 +28,13 @@ AttentionParams with_seed(AttentionParams p) {
   return p;
 }
 
+hierkernels::GatedSumParams gated_sum_params(const py::object& gates, const std::array<py::object, 3>& parts) {
+  hierkernels::GatedSumParams p;
+  p.gates = tensor(gates);
+  for (int s = 0; s < hierkernels::kBranches; ++s) p.parts[s] = tensor(parts[s]);
+  return p;
+}
+
 SelectedParams selected_params(const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
                                const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal,
                                double scale) {
@@ -42,12 +51,13 @@ SelectedParams selected_params(const py::object& q, const py::object& k, const p
   return p;
 }
 
-hierkernels::RmsNormParams rms_norm_params(const py::object& x, const py::object& weight, double floor, double scale,
+hierkernels::RmsNormParams rms_norm_params(const py::object& x, const py::object& weight, double floor, double addend, double scale,
                                            int64_t shift, int64_t kept, const py::object& inverse) {
   hierkernels::RmsNormParams p;
   p.x = tensor(x);
   p.weight = tensor(weight);
   p.floor = floor;
+  p.addend = addend;
   p.scale = scale;
   p.shift = shift;
   p.kept = kept;
@@ -71,6 +81,10 @@ PYBIND11_MODULE(_native, m) {
     for (int i = 0; i <= static_cast<int>(hierkernels::detected_isa()); ++i)
       names.append(hierkernels::isa_name(static_cast<hierkernels::Isa>(i)));
     return names;
+  });
+
+  m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) {
+    hierkernels::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
   });
 
   m.def("attention_forward",
@@ -133,17 +147,17 @@ PYBIND11_MODULE(_native, m) {
           hierkernels::selected_backward(p);
         });
 
-  m.def("rms_norm_forward", [](const py::object& x, const py::object& weight, double floor, double scale, int64_t shift,
+  m.def("rms_norm_forward", [](const py::object& x, const py::object& weight, double floor, double addend, double scale, int64_t shift,
                                int64_t kept, const py::object& out, const py::object& inverse) {
-    hierkernels::RmsNormParams p = rms_norm_params(x, weight, floor, scale, shift, kept, inverse);
+    hierkernels::RmsNormParams p = rms_norm_params(x, weight, floor, addend, scale, shift, kept, inverse);
     p.out = tensor(out);
     py::gil_scoped_release release;
     hierkernels::rms_norm_forward(p);
   });
-  m.def("rms_norm_backward", [](const py::object& x, const py::object& weight, double floor, double scale, int64_t shift,
+  m.def("rms_norm_backward", [](const py::object& x, const py::object& weight, double floor, double addend, double scale, int64_t shift,
                                 int64_t kept, const py::object& inverse, const py::object& dout, const py::object& dx,
                                 const py::object& dweight) {
-    hierkernels::RmsNormParams p = rms_norm_params(x, weight, floor, scale, shift, kept, inverse);
+    hierkernels::RmsNormParams p = rms_norm_params(x, weight, floor, addend, scale, shift, kept, inverse);
     p.dout = tensor(dout);
     p.dx = tensor(dx);
     p.dweight = tensor(dweight);
@@ -217,6 +231,24 @@ PYBIND11_MODULE(_native, m) {
           p.scale = scale;
           py::gil_scoped_release release;
           hierkernels::select_blocks(p);
+        });
+
+  m.def("gated_sum_forward",
+        [](const py::object& gates, const std::array<py::object, 3>& parts, const py::object& out) {
+          hierkernels::GatedSumParams p = gated_sum_params(gates, parts);
+          p.out = tensor(out);
+          py::gil_scoped_release release;
+          hierkernels::gated_sum_forward(p);
+        });
+  m.def("gated_sum_backward",
+        [](const py::object& gates, const std::array<py::object, 3>& parts, const py::object& dout,
+           const py::object& dgates, const std::array<py::object, 3>& dparts) {
+          hierkernels::GatedSumParams p = gated_sum_params(gates, parts);
+          p.dout = tensor(dout);
+          p.dgates = tensor(dgates);
+          for (int s = 0; s < hierkernels::kBranches; ++s) p.dparts[s] = tensor(dparts[s]);
+          py::gil_scoped_release release;
+          hierkernels::gated_sum_backward(p);
         });
 
 #if defined(HIERKERNELS_CUDA)

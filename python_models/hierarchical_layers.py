@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.hierarchical_config import Hierarchy
-from python_models.layers import LocalMHA, normalize, token_shift
+from python_models.layers import Linear, LocalMHA, normalize, token_shift
 from python_models.rotary import LocalRotaryEmbedding, project_turned
 
 XPOS_SCALE_BASE = 512
@@ -48,9 +48,9 @@ class FeedForward(nn.Module):
         inner = int(dim * mult)
         self.net = nn.Sequential(
             RMSNorm(dim),
-            nn.Linear(dim, inner, bias=False),
+            Linear(dim, inner, bias=False),
             nn.GELU(),
-            nn.Linear(inner, dim, bias=False),
+            Linear(inner, dim, bias=False),
         )
 
     def forward(self, x: Tensor, shift: int = 0) -> Tensor:
@@ -67,8 +67,8 @@ class Attention(nn.Module):
         self.norm = RMSNorm(dim)
         self.rotary_emb = LocalRotaryEmbedding(dim_head, XPOS_SCALE_BASE)
         self.rotary_emb.register_buffer("scale", self.rotary_emb.scale)  # in upstream's state dict
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_qkv = Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = Linear(heads * dim_head, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         phases = self.rotary_emb.phases(x.shape[1], 0)
@@ -104,7 +104,7 @@ class Compress(nn.Module):
         self.to_recon: nn.Module | None = None
         if self.factor == 1:
             is_same = hierarchy.dim == dim
-            self.compress_fn = nn.Identity() if is_same else nn.Linear(dim, hierarchy.dim, False)
+            self.compress_fn = nn.Identity() if is_same else Linear(dim, hierarchy.dim, False)
             return
         inner = dim * EXPANSION
         self.compress_fn = nn.Sequential(
@@ -115,7 +115,7 @@ class Compress(nn.Module):
             Rearrange("b c n -> b n c"),
         )
         if should_recon:
-            self.to_recon = nn.Linear(hierarchy.dim, self.factor * num_tokens, bias=False)
+            self.to_recon = Linear(hierarchy.dim, self.factor * num_tokens, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compress_fn(x)
@@ -140,9 +140,9 @@ class HierarchicalMerge(nn.Module):
         super().__init__()
         self.net = nn.Sequential(
             RMSNorm(dim),
-            nn.Linear(dim, 2 * dim_out),
+            Linear(dim, 2 * dim_out),
             nn.SiLU(),
-            nn.Linear(2 * dim_out, dim_out),
+            Linear(2 * dim_out, dim_out),
         )
 
     def forward(self, x: Tensor) -> Tensor:

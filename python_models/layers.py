@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import hierkernels as hk
+from hierkernels.products import linear
 from python_models.rotary import LocalRotaryEmbedding, project_turned
 
 
@@ -33,6 +34,26 @@ def normalize(x: Tensor, gain: Tensor, eps: float, shift: int = 0) -> Tensor:
     if to in (torch.float16, torch.bfloat16) and x.dtype not in (to, torch.float32):
         x = x.float()
     return hk.rms_norm(x, gain, eps=eps, shift=shift, dtype=to)
+
+
+class Linear(nn.Linear):
+    """nn.Linear: its weights, its results; in float32 on CPUs by the quicker library."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class PlainRMSNorm(nn.RMSNorm):
+    """nn.RMSNorm over the channels: its weight, its results, its gradients in few passes."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = self.eps
+        if eps is None:
+            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        return hk.rms_norm(x, self.weight, eps=eps, eps_is_added=True, dtype=x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -60,10 +81,10 @@ class FeedForward(nn.Sequential):
     def __init__(self, *, dim: int, mult: int = 4, dropout: float = 0.0) -> None:
         super().__init__(
             RMSNorm(dim),
-            nn.Linear(dim, dim * mult),
+            Linear(dim, dim * mult),
             nn.GELU(),
             nn.Dropout(dropout),
-            nn.Linear(dim * mult, dim),
+            Linear(dim * mult, dim),
         )
 
     def forward(self, x: Tensor, shift: int = 0) -> Tensor:
@@ -239,7 +260,7 @@ class LocalMHA(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim) if prenorm else None
-        self.to_qkv = nn.Linear(dim, dim_head * heads * 3, bias=False)
+        self.to_qkv = Linear(dim, dim_head * heads * 3, bias=False)
         self.qk_rmsnorm = qk_rmsnorm
         if qk_rmsnorm:
             self.q_scale = nn.Parameter(torch.ones(dim_head))
@@ -251,8 +272,8 @@ class LocalMHA(nn.Module):
             scale=qk_scale if qk_rmsnorm else None, use_rotary_pos_emb=use_rotary_pos_emb,
             use_xpos=use_xpos, xpos_scale_base=xpos_scale_base,
         )  # fmt: skip
-        self.to_v_gate = nn.Sequential(nn.Linear(dim, heads)) if gate_values_per_head else None
-        self.to_out = nn.Linear(dim_head * heads, dim, bias=False)
+        self.to_v_gate = nn.Sequential(Linear(dim, heads)) if gate_values_per_head else None
+        self.to_out = Linear(dim_head * heads, dim, bias=False)
 
     def forward(
         self,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.arguments import check_integers, check_token_type, check_token_values
-from python_models.layers import FeedForward, RMSNorm
+from python_models.layers import FeedForward, Linear, RMSNorm
 from python_models.megabyte_decoder import Decoder
 from python_models.pretrained import Pretrained
 from python_models.rotary import RotaryEmbedding
@@ -43,9 +43,9 @@ class Attention(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.norm = RMSNorm(dim)
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_q = Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = Linear(dim, 2 * dim_head, bias=False)
+        self.to_out = Linear(heads * dim_head, dim, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         x = self.norm(x, shift=1)
@@ -189,7 +189,7 @@ class MEGABYTE(Pretrained, nn.Module):
                     nn.Embedding(num_tokens, fine_dim),
                     Rearrange("b n patch c -> b n (patch c)"),
                     nn.LayerNorm(patch * fine_dim),
-                    nn.Linear(patch * fine_dim, c),
+                    Linear(patch * fine_dim, c),
                     nn.LayerNorm(c),
                 )
             )
@@ -210,13 +210,13 @@ class MEGABYTE(Pretrained, nn.Module):
         self.to_next_transformer_projections = nn.ModuleList(
             nn.Sequential(
                 Rearrange("r n c -> (r n) c"),
-                nn.Linear(c, next_c * next_n),
+                Linear(c, next_c * next_n),
                 Rearrange("r (n c) -> r n c", n=next_n),
             )
             for c, next_c, next_n in zip(dims[:-1], dims[1:], max_seq_len[1:], strict=True)
         )
         self.to_next_transformer_projections.append(nn.Identity())
-        self.to_logits = nn.Linear(fine_dim, num_tokens)
+        self.to_logits = Linear(fine_dim, num_tokens)
 
     def forward(self, ids: Tensor, return_loss: bool = False) -> Tensor:
         """Logits of the token after each token, or the mean cross-entropy in nats a token.

@@ -27,6 +27,7 @@ from python_models.interleaved_rotary import (
     InterleavedRotaryEmbedding,
     apply_interleaved_rotary,
 )
+from python_models.layers import PlainRMSNorm
 from python_models.nsa_cache import DenseCache, LayerCache, Tokens
 from python_models.nsa_compression import CompressMLP, cut_windows
 
@@ -70,7 +71,7 @@ class DenseAttention(nn.Module):
         self.heads, self.kv_heads = heads, check_heads(heads, kv_heads, dim_head)
         self.causal = causal
         self.upstream_quirks = upstream_quirks
-        self.norm = nn.RMSNorm(dim)
+        self.norm = PlainRMSNorm(dim)
         self.rotary_embed = InterleavedRotaryEmbedding(dim_head)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_k = nn.Linear(dim, self.kv_heads * dim_head, bias=False)
@@ -217,7 +218,7 @@ class SparseAttention(nn.Module):
         # Zeros before the first token, so that a window ends at every d-th.
         self.padding = 0 if is_paper else size - stride
 
-        self.norm = nn.RMSNorm(dim) if norm else nn.Identity()
+        self.norm = PlainRMSNorm(dim) if norm else nn.Identity()
         self.rotary_emb = InterleavedRotaryEmbedding(dim_head)
         branches = 3 if is_paper else 1
         self.qkv_split = (heads * dim_head, *(kv_heads * dim_head,) * (2 * branches))

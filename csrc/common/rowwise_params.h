@@ -6,15 +6,16 @@
 
 namespace hierkernels {
 
-// s = x, with the channels from `kept` on delayed by `shift` tokens; out = s scale / max(|s|, floor) weight.
+// s = x, with the channels from `kept` on delayed by `shift` tokens;
+// out = s scale / max(sqrt(|s|^2 + addend), floor) weight, where addend or floor is 0.
 struct RmsNormParams {
   Tensor x;       // (B, N, C), contiguous
   Tensor weight;  // (C), contiguous, float32, or float64 for float64
-  double floor = 0, scale = 1;
+  double floor = 0, addend = 0, scale = 1;
   int64_t shift = 0, kept = 0;
 
   Tensor out;      // as x, of its own type
-  Tensor inverse;  // (B, N), 1 / max(|s|, floor), of the type of weight
+  Tensor inverse;  // (B, N), what s was divided by, inverted; of the type of weight
 
   // Backward only.
   Tensor dout;     // as out

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from python_models.hierarchical_layers import RMSNorm as HierarchicalNorm
-from python_models.layers import RMSNorm, token_shift
+from python_models.layers import PlainRMSNorm, RMSNorm, token_shift
 from python_models.rotary import LocalRotaryEmbedding, apply_rotary, project_turned
 
 
@@ -48,6 +48,25 @@ def test_rms_norm_is_its_formula() -> None:
     expected = x / x.square().mean(-1, keepdim=True).sqrt() * norm.g
     torch.testing.assert_close(norm(x), expected, rtol=0, atol=1e-12)
     assert torch.equal(norm(torch.zeros(2, 5).double()), torch.zeros(2, 5).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_plain_rms_norm_is_that_of_pytorch(dtype: torch.dtype) -> None:
+    """Results and gradients, of ordinary rows and of rows that the small number outweighs."""
+    plain, theirs = PlainRMSNorm(8).to(dtype), torch.nn.RMSNorm(8).to(dtype)
+    torch.nn.init.normal_(plain.weight)
+    theirs.load_state_dict(plain.state_dict())
+    x, grad = make(3, 4, 8, dtype=dtype), make(4, 3, 8, dtype=dtype)
+    x[1] *= torch.finfo(dtype).eps
+    got, expected = [], []
+    for norm, results in ((plain, got), (theirs, expected)):
+        leaf = x.mT.contiguous().mT.requires_grad_()
+        out = norm(leaf)
+        results += [out, *torch.autograd.grad(out, (leaf, norm.weight), grad.transpose(0, 1))]
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype
+        tolerance = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(g, e, rtol=tolerance, atol=tolerance * e.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -64,13 +64,14 @@ def test_is_the_formula(eps: float, shift: int, backend: str) -> None:
 
 
 @needs_core
+@pytest.mark.parametrize("added", [False, True], ids=["floor", "added"])
 @pytest.mark.parametrize("shift", [0, 2])
-def test_gradcheck(shift: int) -> None:
+def test_gradcheck(shift: int, added: bool) -> None:
     x = torch.randn(2, 4, 5, dtype=F64, requires_grad=True)
     weight = torch.randn(5, dtype=F64, requires_grad=True)
 
     def f(x: torch.Tensor, weight: torch.Tensor, backend: str = "cpu") -> torch.Tensor:
-        return hk.rms_norm(x, weight, shift=shift, backend=backend)
+        return hk.rms_norm(x, weight, eps=0.1, eps_is_added=added, shift=shift, backend=backend)
 
     assert torch.autograd.gradcheck(f, (x, weight))
     again = torch.autograd.gradgradcheck
@@ -93,7 +94,7 @@ def test_bits_do_not_depend_on_threads() -> None:
 def test_backward_follows_another_backends_forward(first: str, second: str, shift: int) -> None:
     inputs = make_inputs(Case("saved", 2, 6, 20, shift=shift, eps=0.5, zeros=True), F32)
     call, ops = inputs.call(), torch.ops.hierkernels
-    problem = (call.x, call.weight, call.eps, call.shift, call.dtype)
+    problem = (call.x, call.weight, call.eps, call.eps_is_added, call.shift, call.dtype)
     out, inverse = ops.rms_norm_forward(*problem, first)
     dx, dweight = ops.rms_norm_backward(*problem, inverse, inputs.dout, [True, True], second)
     check_accuracy(inputs, {"out": out, "dx": dx, "dweight": dweight})
@@ -115,7 +116,7 @@ def test_nan_and_infinity_stay_in_their_rows() -> None:
 @needs_core
 def test_opcheck_and_compile() -> None:
     x, weight = torch.randn(2, 5, 6, requires_grad=True), torch.randn(6, requires_grad=True)
-    problem = (x, weight, 1e-8, 1, BF16)
+    problem = (x, weight, 1e-8, False, 1, BF16)
     torch.library.opcheck(torch.ops.hierkernels.rms_norm_forward, (*problem, "cpu"))
     inverse, dout = torch.rand(2, 5), torch.randn(2, 5, 6).bfloat16()
     detached = (x.detach(), weight.detach(), *problem[2:])
@@ -146,6 +147,7 @@ X, W = torch.zeros(2, 3, 4), torch.zeros(4)
         ({"eps": "1"}, TypeError, "eps must be a number, got str"),
         ({"eps": 0.0}, ValueError, "eps must be above 0 and finite, got 0.0"),
         ({"eps": float("nan")}, ValueError, "eps must be above 0 and finite, got nan"),
+        ({"eps_is_added": 1}, TypeError, "eps_is_added must be a bool, got int"),
         ({"shift": 1.0}, TypeError, "shift must be an int, got float"),
         ({"shift": -1}, ValueError, "shift must be 0 or more, got -1"),
         ({"dtype": F64}, TypeError, "dtype must be one of torch.float32.*got torch.float64"),

@@ -66,7 +66,7 @@ struct RmsNorm {
         const V s = source(row, c, n, q);
         squares = fma(s, s, squares);
       });
-      const F length = square_root(reduce_add(squares));
+      const F length = square_root(reduce_add(squares) + static_cast<F>(p.addend));
       // NaN stays NaN.
       const F inverse = F(1) / (length < floor ? floor : length);
       p.inverse.as<F>()[row] = inverse;

@@ -1,5 +1,6 @@
 // The attention operators: from the call's parameters to launches.
 #include "../../common/philox.h"
+#include "../hopper/attention.h"
 #include "../operators.h"
 #include "kernels.h"
 #include "shapes.h"
@@ -75,11 +76,12 @@ std::vector<KernelInfo> attention_kernels() {
   add_kernels<BFloat16>(kernels, "BFloat16");
   add_kernels<Float16>(kernels, "Float16");
   add_kernels<float>(kernels, "float");
+  for (const KernelInfo& k : hopper_attention_kernels()) kernels.push_back(k);
   return kernels;
 }
 
 void attention_forward(const AttentionParams& p, void* stream) {
-  run_attention_forward(make_args(p), p.q.dtype, stream);
+  if (!run_hopper_attention_forward(p, stream)) run_attention_forward(make_args(p), p.q.dtype, stream);
 }
 
 int attention_bias_slices(const AttentionParams& p) { return attention_bias_gradient_slices(make_args(p)); }

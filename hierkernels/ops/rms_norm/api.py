@@ -69,16 +69,19 @@ def make_call(
     weight: torch.Tensor,
     *,
     eps: float = 1e-8,
+    eps_is_added: bool = False,
     shift: int = 0,
     dtype: torch.dtype | None = None,
 ) -> NormCall:
     """Checks the arguments of hk.rms_norm and returns them in canonical form."""
     _check_tensors(x, weight)
     _check_options(eps, shift)
+    if not isinstance(eps_is_added, bool):
+        raise TypeError(f"eps_is_added must be a bool, got {type(eps_is_added).__name__}")
     to = _output_dtype(x, weight, dtype)
     N, C = x.shape[-2:]
     rows = x.reshape(math.prod(x.shape[:-2]), N, C).contiguous()
-    return NormCall(rows, weight.contiguous(), float(eps), shift, to)
+    return NormCall(rows, weight.contiguous(), float(eps), eps_is_added, shift, to)
 
 
 def run(call: NormCall, backend: str | None) -> torch.Tensor:
@@ -94,6 +97,7 @@ def rms_norm(
     weight: torch.Tensor,
     *,
     eps: float = 1e-8,
+    eps_is_added: bool = False,
     shift: int = 0,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -101,13 +105,15 @@ def rms_norm(
     """Root-mean-square norm of tokens, s / max(rms(s), eps) * weight, s being x after token shift.
 
     Token shift delays the second half of the channels by `shift` tokens: s[n, c] = x[n, c] in the
-    first half (the larger one, if C is odd), x[n - shift, c] in the second, 0 where n < shift. eps
-    is a floor and not an addend, so an ordinary token is normalised exactly.
+    first half (the larger one, if C is odd), x[n - shift, c] in the second, 0 where n < shift. As
+    a floor, eps leaves ordinary tokens normalised exactly.
 
     Args:
         x: (..., N, C), C >= 1: float32, bfloat16, float16 or float64; copied unless contiguous.
         weight: (C) in the dtype of x, or float32 beside 16-bit x.
-        eps: above 0; in units of x.
+        eps: above 0: the least root mean square that a token is divided by, or, if it is added, of
+            the mean square: s / sqrt(mean(s^2) + eps), as F.rms_norm has it.
+        eps_is_added: which of the two.
         shift: tokens of delay, 0 or more; 0 = no token shift.
         dtype: of the result: that of x, float32 beside 16-bit x, or 16-bit beside float32 x (what
             a product under autocast would round it to). None = x and weight, promoted.
@@ -126,7 +132,7 @@ def rms_norm(
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4; token
         shift is that of RWKV (Peng et al., 2023, section 3.1.1) with a mix of 0 and 1.
     """
-    call = make_call(x, weight, eps=eps, shift=shift, dtype=dtype)
+    call = make_call(x, weight, eps=eps, eps_is_added=eps_is_added, shift=shift, dtype=dtype)
     return run(call, backend).view(x.shape)
 
 

@@ -26,7 +26,7 @@ def supports(call: NormCall) -> list[str]:
 
 def _problem(call: NormCall) -> tuple:
     weight = call.weight.to(call.accumulator)
-    return call.x, weight, call.floor, call.scale, call.shift, call.kept
+    return call.x, weight, call.floor, call.addend, call.scale, call.shift, call.kept
 
 
 def forward(call: NormCall) -> tuple[torch.Tensor, torch.Tensor]:

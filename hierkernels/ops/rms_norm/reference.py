@@ -27,6 +27,8 @@ def shifted(call: NormCall) -> torch.Tensor:
 def _parts(call: NormCall) -> tuple[torch.Tensor, torch.Tensor]:
     wide = shifted(call).to(call.accumulator)
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    if call.eps_is_added:
+        return wide, (length.square() + call.addend).sqrt()
     return wide, length.clamp(min=call.floor)
 
 

@@ -26,6 +26,7 @@ class Case:
     C: int
     shift: int = 0
     eps: float = 1e-8
+    added: bool = False  # eps_is_added
     mixed: bool = False
     to: torch.dtype | None = None
     zeros: bool = False
@@ -47,6 +48,8 @@ def _correctness_cases() -> Iterator[Case]:
     # Lengths that the floor takes the place of, exactly 0 among them.
     yield Case("floor", 2, 6, 20, eps=0.5, zeros=True)
     yield Case("floor-shift", 2, 6, 20, shift=2, eps=0.5, zeros=True)
+    yield Case("added", 2, 6, 20, eps=0.5, added=True, zeros=True)
+    yield Case("added-shift", 2, 6, 33, shift=2, eps=1e-6, added=True)
     yield Case("mixed", 2, 7, 40, shift=1, mixed=True, dtypes=_HALVES)
     yield Case("to-float32", 2, 7, 40, shift=1, to=torch.float32, dtypes=_HALVES)
     for to in _HALVES:

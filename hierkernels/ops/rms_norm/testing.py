@@ -32,7 +32,12 @@ class Inputs:
 
     def call(self) -> NormCall:
         """The case as every backend receives it."""
-        options = {"eps": self.case.eps, "shift": self.case.shift, "dtype": self.to_dtype}
+        options = {
+            "eps": self.case.eps,
+            "eps_is_added": self.case.added,
+            "shift": self.case.shift,
+            "dtype": self.to_dtype,
+        }
         return make_call(self.x, self.weight, **options)  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype) -> Inputs:
@@ -85,6 +90,7 @@ def _term_sizes(inputs: Inputs, expected: Results, power: int) -> Results:
     call, dout = precise.call(), precise.dout.abs()
     s = reference.shifted(call).abs()
     length = torch.linalg.vector_norm(s, dim=-1, keepdim=True).clamp(min=call.floor)
+    length = (length.square() + call.addend).sqrt()
     unit, weight = s / length, call.weight.abs() * call.scale
     terms = (dout * unit * call.scale) ** power
     sizes = {"out": unit * weight, "dweight": terms.sum((0, 1)) ** (1 / power)}

@@ -39,16 +39,16 @@ def _places(
 
 @triton.jit
 def _rms_norm_forward_kernel(
-    x_ptr, weight_ptr, out_ptr, inverse_ptr, n_rows, tokens, shift, kept, floor, scale,
+    x_ptr, weight_ptr, out_ptr, inverse_ptr, n_rows, tokens, shift, kept, floor, addend, scale,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and 1 / max(length, floor) of BLOCK_M rows."""
+    """out of BLOCK_M rows, and what they are multiplied with."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     own, source, inside, seen = _places(rows, n_rows, tokens, shift, kept, C, BLOCK_M, BLOCK_C)
     s = tl.load(x_ptr + source, mask=seen, other=0.0).to(tl.float32)
     c = tl.arange(0, BLOCK_C)
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    length = tl.sqrt(tl.sum(s * s, axis=1))
+    length = tl.sqrt(tl.sum(s * s, axis=1) + addend)
     # NaN stays NaN.
     inverse = 1.0 / tl.where(length < floor, floor, length)
     tl.store(inverse_ptr + rows, inverse, mask=rows < n_rows)
@@ -106,6 +106,7 @@ def plan_forward(
 ) -> Launch:
     """The launch that fills out and inverse; they are not empty."""
     arguments = _arguments(call, target) | {"out_ptr": out, "inverse_ptr": inverse}
+    arguments["addend"] = call.addend
     programs = triton.cdiv(arguments["n_rows"], arguments["BLOCK_M"])
     return Launch(_rms_norm_forward_kernel, programs, arguments)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
-from hierkernels.arguments import check_flag, check_int
-from hierkernels.ops.attention.api import FLOATS, autocast, check_number, check_qkv
+from hierkernels.arguments import autocast, check_flag, check_int
+from hierkernels.ops.attention.api import FLOATS, check_number, check_qkv
 from hierkernels.ops.attention.call import unit_stride
 from hierkernels.ops.select_blocks import reference, schema
 from hierkernels.ops.select_blocks.call import SelectCall
