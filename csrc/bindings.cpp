@@ -15,7 +15,10 @@
 namespace py = pybind11;
 using hierkernels::attention_params;
 using hierkernels::AttentionParams;
+using hierkernels::select_params;
+using hierkernels::selected_params;
 using hierkernels::SelectedParams;
+using hierkernels::SelectParams;
 using hierkernels::sgu_params;
 using hierkernels::SguParams;
 using hierkernels::tensor;
@@ -32,22 +35,6 @@ hierkernels::GatedSumParams gated_sum_params(const py::object& gates, const std:
   hierkernels::GatedSumParams p;
   p.gates = tensor(gates);
   for (int s = 0; s < hierkernels::kBranches; ++s) p.parts[s] = tensor(parts[s]);
-  return p;
-}
-
-SelectedParams selected_params(const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
-                               const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal,
-                               double scale) {
-  SelectedParams p;
-  p.q = tensor(q);
-  p.k = tensor(k);
-  p.v = tensor(v);
-  p.indices = tensor(indices);
-  p.weights = tensor(weights);
-  p.block_size = block_size;
-  p.include_own_block = include_own_block;
-  p.is_causal = is_causal;
-  p.scale = scale;
   return p;
 }
 
@@ -206,29 +193,8 @@ PYBIND11_MODULE(_native, m) {
         [](const py::object& q, const py::object& k, const py::object& lse, int64_t heads,
            const std::array<int64_t, 5>& visible, const std::array<int64_t, 5>& candidates,
            const std::array<int64_t, 9>& blocks, bool exclude_own_block, double scale, uintptr_t indices) {
-          const auto staircase = [](const std::array<int64_t, 5>& s) {
-            return hierkernels::Staircase{s[0], s[1], s[2], s[3], s[4]};
-          };
-          hierkernels::SelectParams p;
-          p.q = tensor(q);
-          p.k = tensor(k);
-          p.lse = tensor(lse);
+          SelectParams p = select_params(q, k, lse, heads, visible, candidates, blocks, exclude_own_block, scale);
           p.indices = reinterpret_cast<int32_t*>(indices);
-          p.heads = heads;
-          p.merged = p.q.size[1] / heads;
-          p.visible = staircase(visible);
-          p.candidates = staircase(candidates);
-          p.num_blocks = blocks[0];
-          p.windows_per_block = blocks[1];
-          p.chunks_per_window = blocks[2];
-          p.first_chunk = blocks[3];
-          p.block_size = blocks[4];
-          p.query_offset = blocks[5];
-          p.num_selected = blocks[6];
-          p.num_initial = blocks[7];
-          p.num_local = blocks[8];
-          p.exclude_own_block = exclude_own_block;
-          p.scale = scale;
           py::gil_scoped_release release;
           hierkernels::select_blocks(p);
         });

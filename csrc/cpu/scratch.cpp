@@ -51,8 +51,10 @@ char* thread_scratch(ScratchUse use, size_t bytes) {
 void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   if (bytes < kLargeOutput) return;
-  const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  // Outwards to whole pages: tensors that lie side by side then form one area of the same kind, and no huge page is
+  // lost at their borders.
+  const uintptr_t page = 4096, begin = reinterpret_cast<uintptr_t>(data) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + page - 1) / page * page;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   static_cast<void>(data);

@@ -162,6 +162,13 @@ def test_bad_input(changed: dict, error: type[Exception], message: str) -> None:
         hk.rms_norm(**arguments)
 
 
+def test_cuda_forced_for_all_operators_leaves_the_choice_free() -> None:
+    with hk.use_backend("cuda"):
+        assert torch.equal(hk.rms_norm(X + 1, W + 1), hk.rms_norm(X + 1, W + 1, backend=None))
+        with pytest.raises(NotImplementedError, match="no rms_norm kernel"):
+            hk.rms_norm(X, W, backend="cuda")
+
+
 def test_explain_names_the_refusals() -> None:
     choice = hk.explain("rms_norm", X, W, shift=1)
     assert choice.backend == ("cpu" if CORE else "reference")

@@ -45,14 +45,18 @@ bool make_hopper_args(HopperArgs& to, const AttentionParams& p, int row_box, int
   to.kv_heads = static_cast<int>(p.kv_heads());
   to.items = static_cast<int>(p.batch()) * to.heads / to.pack;
   to.scale = static_cast<float>(p.scale);
+  to.dq = Rows::of(p.dq);
+  to.dk = Rows::of(p.dk);
+  to.dv = Rows::of(p.dv);
+  if (p.dout && !(to.dq.aligned && to.dk.aligned && to.dv.aligned && make_map(to.dout, p.dout, to.pack, row_box / to.pack)))
+    return false;
   return to.out.aligned && make_map(to.q, p.q, to.pack, row_box / to.pack) && make_map(to.k, p.k, 1, key_box) &&
          make_map(to.v, p.v, 1, key_box);
 }
 
-int plan_tiles(HopperArgs& p, int length, int size) {
+int plan_tiles(HopperArgs& p, int length, int size, int64_t bytes) {
   p.tiles_per_item = (length + size - 1) / size;
-  const int64_t bytes = int64_t{4} * p.n_keys * p.out.channels;  // of an item's keys and values
-  int64_t section = kCachedBytes * p.packs / bytes;
+  int64_t section = kCachedBytes / (bytes < 1 ? 1 : bytes);
   section = section < 1 ? 1 : section < p.items ? section : p.items;
   p.section = static_cast<int>(section);
   return p.items * p.tiles_per_item;
@@ -61,7 +65,9 @@ int plan_tiles(HopperArgs& p, int length, int size) {
 std::vector<KernelInfo> hopper_attention_kernels() {
   std::vector<KernelInfo> kernels;
   for (const char* type : {"BFloat16", "Float16"})
-    for (const int dim : {64, 128}) kernels.push_back(hopper_forward_info(type, dim));
+    for (const int dim : {64, 128})
+      for (const auto info : {hopper_forward_info, hopper_query_gradient_info, hopper_key_gradient_info})
+        kernels.push_back(info(type, dim));
   return kernels;
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 #include "../../common/attention_params.h"
 #include "../attention/args.h"
+#include "../attention/scores.h"
 #include "tiles.h"
 
 namespace hierkernels::cuda {
@@ -17,7 +18,7 @@ struct HopperArgs {
   KeyRange range;
   int n_queries, n_keys, heads, kv_heads;
   int pack, packs;     // heads of an item; items that share a key/value head
-  int items, rows;     // rows of an item
+  int items, rows;     // of a launch; of an item
   int tiles_per_item, section;
   float scale;
 };
@@ -26,7 +27,7 @@ struct HopperArgs {
 constexpr int kBarrierBytes = 128;
 
 // Blocks stay and compute one tile after the other: those of a section of items, whose keys fit the cache, from the
-// longest to the shortest, which for a causal range is from the last rows to the first.
+// longest to the shortest, which for a causal range is from the last rows to the first, or from the first keys on.
 __device__ __forceinline__ int tile_of_block(int total, int round) {
   const int blocks = gridDim.x, block = blockIdx.x;
   // Back and forth, so that no block gets the longer one each time.
@@ -35,7 +36,7 @@ __device__ __forceinline__ int tile_of_block(int total, int round) {
 }
 
 struct TilePlace {
-  int item, tile;  // tile counts from the end
+  int item, tile;  // in the order in which they are computed
 };
 __device__ __forceinline__ TilePlace place_of(const HopperArgs& p, int index) {
   const int section = index / (p.section * p.tiles_per_item), first = section * p.section;
@@ -84,6 +85,43 @@ __device__ __forceinline__ int64_t lse_index(const HopperArgs& p, int batch, int
 template <class T>
 __device__ __forceinline__ T* row_address(const HopperArgs& p, const Rows& t, const RowTile& tile, int r) {
   return r < p.rows ? t.at<T>(tile.batch, tile.head + r % p.pack, r / p.pack) : nullptr;
+}
+
+// Keys of a key/value head, and the rows that see them.
+struct KeyTile {
+  int batch, head, key0, begin, tiles;  // tiles of each pack's rows, from row `begin` on
+};
+
+__device__ __forceinline__ Span rows_of_key(const HopperArgs& p, int key) {
+  if (key >= p.n_keys) return {0, 0};
+  return {static_cast<int>(p.range.hi.first_reaching(key + 1, p.n_queries)) * p.pack,
+          static_cast<int>(p.range.lo.first_reaching(key + 1, p.n_queries)) * p.pack};
+}
+// The rows that see all of a warpgroup's keys from `first` on, of those keys that there are.
+__device__ __forceinline__ Span rows_of_group(const HopperArgs& p, int first) {
+  const int last = min(first + kGroupRows, p.n_keys) - 1;
+  return {rows_of_key(p, last).begin, rows_of_key(p, first).end};
+}
+
+template <int kKeys, int kRows>
+__device__ __forceinline__ KeyTile key_tile(const HopperArgs& p, int index) {
+  const TilePlace place = place_of(p, index);
+  KeyTile t;
+  t.batch = place.item / p.kv_heads;
+  t.head = place.item % p.kv_heads;
+  t.key0 = place.tile * kKeys;
+  t.begin = rows_of_key(p, t.key0).begin;
+  const int end = rows_of_key(p, min(t.key0 + kKeys, p.n_keys) - 1).end;
+  t.tiles = end > t.begin ? (end - t.begin + kRows - 1) / kRows : 0;
+  return t;
+}
+
+// Products that are not seen become -inf: of rows that see `seen`, and columns from `first` on.
+template <int kSums>
+__device__ __forceinline__ void hide(float (&s)[kSums], const Span (&seen)[2], int first) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i)
+    if (!seen[i / 2 % 2].has(first + sums_column(i / 4, i % 2))) s[i] = -infinity();
 }
 
 // The row of a lane's first half in its warpgroup; the second half's is 8 further.

@@ -68,13 +68,6 @@ struct RowState {
   float top[2], total[2];  // the largest product so far; this lane's sum of exponentials
 };
 
-template <int kSums>
-__device__ __forceinline__ void hide(float (&s)[kSums], const Span (&seen)[2], int first_key) {
-#pragma unroll
-  for (int i = 0; i < kSums; ++i)
-    if (!seen[i / 2 % 2].has(first_key + sums_column(i / 4, i % 2))) s[i] = -infinity();
-}
-
 // Products to probabilities relative to the largest so far; what was summed before is to be multiplied by `shrink`.
 // In units of log 2 with `scale` = that of the scores times log2(e), so that a score takes one FMA and one ex2.
 template <int kSums>
@@ -236,7 +229,7 @@ bool run(const AttentionParams& params, void* stream) {
   using S = Shape<kDim>;
   HopperArgs p;
   if (!make_hopper_args(p, params, S::kRows, S::kKeys)) return false;
-  const int total = plan_tiles(p, p.rows, S::kRows);
+  const int total = plan_tiles(p, p.rows, S::kRows, key_bytes(p) / p.packs);
   const int blocks = total < multiprocessors() ? total : multiprocessors();
   launch("hopper_attention_forward", hopper_attention_forward_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream, p);
   return true;

@@ -67,20 +67,23 @@ struct Ring {
   uint64_t *full, *empty;
 
   __device__ static int stage(int used) { return used % kStages; }
-  __device__ void initialise(int consumers) const {
+  __device__ void initialise(int consumers, int producers = 1) const {
     for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(full + s, 1);
+      ptx::mbarrier_init(full + s, producers);
       ptx::mbarrier_init(empty + s, consumers);
     }
   }
-  // The producer's: the stage is free (at once at its first use); `bytes` are about to come.
+  // The producer's: the stage is free, at once at its first use.
+  __device__ void wait_empty(int used) const { ptx::mbarrier_wait(empty + stage(used), (used / kStages + 1) % 2); }
+  // ... and `bytes` are about to come.
   __device__ void begin_filling(int used, int bytes) const {
-    ptx::mbarrier_wait(empty + stage(used), (used / kStages + 1) % 2);
+    wait_empty(used);
     ptx::mbarrier_arrive_expect_tx(full + stage(used), bytes);
   }
   __device__ void wait_full(int used) const { ptx::mbarrier_wait(full + stage(used), used / kStages % 2); }
-  // A consuming warp's: it has read the stage.
+  // A consuming warp's: all its lanes have read the stage.
   __device__ void release(int used) const {
+    __syncwarp();
     if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(empty + stage(used));
   }
 };

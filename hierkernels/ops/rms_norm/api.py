@@ -86,7 +86,7 @@ def make_call(
 
 def run(call: NormCall, backend: str | None) -> torch.Tensor:
     """out (B, N, C) of a call, on the backend that is asked for."""
-    name = dispatch.requested_backend(backend)
+    name = dispatch.requested_backend(backend, without=("cuda",))
     if name == "reference":  # plain PyTorch operations: differentiable any number of times
         return reference.rms_norm(call)
     return schema.rms_norm_forward(call, name)
@@ -117,7 +117,8 @@ def rms_norm(
         shift: tokens of delay, 0 or more; 0 = no token shift.
         dtype: of the result: that of x, float32 beside 16-bit x, or 16-bit beside float32 x (what
             a product under autocast would round it to). None = x and weight, promoted.
-        backend: "triton", "cpu" or "reference"; None = the fastest supported.
+        backend: "triton", "cpu" or "reference"; None = the fastest supported, also where CUDA C++ is
+            forced for all operators, as it has no such kernel.
 
     Returns:
         (..., N, C). Sums are float32 (float64 for float64). Both gradients are bitwise repeatable.

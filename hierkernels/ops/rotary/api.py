@@ -44,7 +44,7 @@ def make_call(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> RotaryCa
 
 def run(call: RotaryCall, backend: str | None) -> torch.Tensor:
     """out of a call, on the backend that is asked for."""
-    name = dispatch.requested_backend(backend)
+    name = dispatch.requested_backend(backend, without=("cuda",))
     return reference.forward(call) if name == "reference" else schema.rotary(call, name)
 
 
@@ -61,7 +61,8 @@ def rotary(
 
     Returns:
         (B, H, N, D) in the dtype of x, rounded once, computed in float32 (float64 for float64); x's
-        order of memory. Differentiable any number of times in x.
+        order of memory. Differentiable any number of times in x. Where CUDA C++ is
+        forced for all operators the choice is free, as it has no such kernel.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype or device, or a table
