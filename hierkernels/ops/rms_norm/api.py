@@ -117,8 +117,8 @@ def rms_norm(
         shift: tokens of delay, 0 or more; 0 = no token shift.
         dtype: of the result: that of x, float32 beside 16-bit x, or 16-bit beside float32 x (what
             a product under autocast would round it to). None = x and weight, promoted.
-        backend: "triton", "cpu" or "reference"; None = the fastest supported, also where CUDA C++ is
-            forced for all operators, as it has no such kernel.
+        backend: "triton", "cpu" or "reference"; None = the fastest supported, also where
+            "cuda" is forced for all operators: it has no such kernel.
 
     Returns:
         (..., N, C). Sums are float32 (float64 for float64). Both gradients are bitwise repeatable.
