@@ -132,7 +132,8 @@ struct Selection {
       if (end > w0 + p.windows) end = w0 + p.windows;
       float sum = at<float>(m.scores)[i];
       for (; w < end; ++w) {
-        const int from = w > first ? w : first, to = w + p.per_window < first + p.per_block ? w + p.per_window : first + p.per_block;
+        const int from = w > first ? w : first, past = first + p.per_block;
+        const int to = w + p.per_window < past ? w + p.per_window : past;
         sum += static_cast<float>(to - from) * sums[q * m.score_stride + w - w0];
       }
       at<float>(m.scores)[i] = sum;

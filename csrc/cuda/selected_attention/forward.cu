@@ -85,7 +85,8 @@ struct SelectedForward {
       float top = kHiddenBelow, total = 0.f;
       const float* const of_row = statistics + sums_row(0, 2 * x);
       for (int w = warp % row_warps; w < S::kWarps; w += row_warps) top = fmaxf(top, of_row[w * 32]);
-      for (int w = warp % row_warps; w < S::kWarps; w += row_warps) total += of_row[w * 32 + 16] * natural_exp(of_row[w * 32] - top);
+      for (int w = warp % row_warps; w < S::kWarps; w += row_warps)
+        total += of_row[w * 32 + 16] * natural_exp(of_row[w * 32] - top);
       factor[x] = total == 0.f ? 0.f : natural_exp(state.top[x] - top) / total;
       state.top[x] = top;
       state.total[x] = total;
@@ -141,9 +142,9 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
 
   int stage = 0, slot = 0;  // slot: of this tile's columns
   for (int n0 = 0; n0 < source.count; n0 += S::kKeys, stage ^= 1, slot = (slot + 1) % kColumnSlots) {
-    look_up(n0 + 2 * S::kKeys, (slot + 2) % kColumnSlots);
     if (n0 + S::kKeys < source.count) copy_stage(columns + (slot + 1) % kColumnSlots * S::kKeys, stage ^ 1);
     ptx::cp_async_commit();  // perhaps empty: waiting for all but one means this tile in any case
+    look_up(n0 + 2 * S::kKeys, (slot + 2) % kColumnSlots);  // while copies are on their way
     ptx::cp_async_wait<1>();
     __syncthreads();         // every thread's part of the tile, and of the next tile but one's columns, is there
     for (int piece = warp / p.row_warps; piece < S::kWarps; piece += S::kWarps / p.row_warps) {

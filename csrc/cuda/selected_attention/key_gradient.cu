@@ -152,9 +152,9 @@ __global__ void __launch_bounds__(SelectedKeyShape<T, kDim>::kThreads, SelectedK
   const int warp_offset = warp_key0 * TileT::kStride, part_offset = part * static_cast<int>(sizeof(T));
   int stage = 0, slot = 0;  // slot: of this tile's columns
   for (int m0 = 0; m0 < rows; m0 += S::kRows, stage ^= 1, slot = (slot + 1) % kColumnSlots) {
-    look_up(m0 + 2 * S::kRows, (slot + 2) % kColumnSlots);
     if (m0 + S::kRows < rows) copy_stage(visitors + (slot + 1) % kColumnSlots * S::kRows, stage ^ 1);
     ptx::cp_async_commit();  // perhaps empty: waiting for all but one means this tile in any case
+    look_up(m0 + 2 * S::kRows, (slot + 2) % kColumnSlots);  // while copies are on their way
     ptx::cp_async_wait<1>();
     __syncthreads();         // every thread's part of the tile, and of the next tile but one's columns, is there
     const unsigned char* const q_tile = q_tiles + stage * TileT::bytes(S::kRows);

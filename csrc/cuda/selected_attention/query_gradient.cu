@@ -121,9 +121,9 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
 
   int stage = 0, slot = 0;  // slot: of this tile's columns
   for (int n0 = 0; n0 < source.count; n0 += S::kKeys, stage ^= 1, slot = (slot + 1) % kColumnSlots) {
-    look_up(n0 + 2 * S::kKeys, (slot + 2) % kColumnSlots);
     if (n0 + S::kKeys < source.count) copy_stage(columns + (slot + 1) % kColumnSlots * S::kKeys, stage ^ 1);
     ptx::cp_async_commit();  // perhaps empty: waiting for all but one means this tile in any case
+    look_up(n0 + 2 * S::kKeys, (slot + 2) % kColumnSlots);  // while copies are on their way
     ptx::cp_async_wait<1>();
     __syncthreads();         // every thread's part of the tile, and of the next tile but one's columns, is there
     for (int piece = warp / p.row_warps; piece < S::kWarps; piece += S::kWarps / p.row_warps) {

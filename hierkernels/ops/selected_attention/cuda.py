@@ -12,6 +12,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 256
 LEAST_ROWS = 256  # (query, head) pairs that are worth an item of work of the backward by keys
 _SET = 16  # queries that may be computed together
+_LEAST_TILE = 16  # keys
 
 
 def supports(call: SelectedCall) -> list[str]:
@@ -25,7 +26,8 @@ def supports(call: SelectedCall) -> list[str]:
     Nk = call.k.shape[2]
     visited = _columns(call) * min(call.block_size, max(Nk, 1)) * _SET
     lists = call.indices.shape[:3].numel() * max(_columns(call), 1)
-    if max(visited, lists, Nk, call.q.shape[:3].numel()) >= 2**30:
+    tiles = call.k.shape[:2].numel() * max(call.blocks, Nk // _LEAST_TILE)
+    if max(visited, lists, tiles, Nk, call.q.shape[:3].numel()) >= 2**30:
         reasons.append("lengths or the number of named blocks beyond 32 bits")
     return reasons
 
