@@ -229,9 +229,6 @@ struct Task {
   struct Span {
     int from, to, lo, hi;  // lo, hi: what the row sees, from j0
     bool whole() const { return lo <= from && hi >= to; }
-    // The blocks of 32 keys that the row sees any of; empty if begin >= end.
-    int begin() const { return lo > from ? lo & ~31 : from; }
-    int end() const { return hi < to ? (hi + 31) & ~31 : to; }
     __mmask32 visible(int j) const { return first_lanes32(hi - j) & ~first_lanes32(lo - j); }
   };
   Span span(int r, int64_t j0, int from, int to) const {
@@ -247,7 +244,7 @@ struct Task {
         b = _mm512_max_ps(b, _mm512_load_ps(s + j + 16));
       }
     } else {
-      for (int j = x.begin(), end = x.end(); j < end; j += 32) {
+      for (int j = x.from; j < x.to; j += 32) {
         const __mmask32 see = x.visible(j);
         a = _mm512_mask_max_ps(a, static_cast<__mmask16>(see), a, _mm512_load_ps(s + j));
         b = _mm512_mask_max_ps(b, static_cast<__mmask16>(see >> 16), b, _mm512_load_ps(s + j + 16));
@@ -296,11 +293,8 @@ struct Task {
         _mm512_store_si512(out + j, to_bf16(low, high));
       }
     } else {
-      const int begin = x.begin() < x.to ? x.begin() : x.to, end = x.end() > begin ? x.end() : begin;
-      for (int j = x.from; j < begin; j += 32) _mm512_store_si512(out + j, _mm512_setzero_si512());
-      for (int j = end; j < x.to; j += 32) _mm512_store_si512(out + j, _mm512_setzero_si512());
-      if (dropout && begin < end) f.modifiers.keep_row(b, head(r), query(r), j0 + begin, end - begin, m.keep + begin);
-      for (int j = begin; j < end; j += 32) {
+      if (dropout) f.modifiers.keep_row(b, head(r), query(r), j0 + x.from, x.to - x.from, m.keep);
+      for (int j = x.from; j < x.to; j += 32) {
         const __mmask32 see = x.visible(j);
         __m512 low = _mm512_maskz_mov_ps(static_cast<__mmask16>(see),
                                          exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j), c, top)));
@@ -309,8 +303,8 @@ struct Task {
         sum0 = _mm512_add_ps(sum0, low);
         sum1 = _mm512_add_ps(sum1, high);
         if (dropout) {
-          low = _mm512_mul_ps(low, _mm512_load_ps(m.keep + j));
-          high = _mm512_mul_ps(high, _mm512_load_ps(m.keep + j + 16));
+          low = _mm512_mul_ps(low, _mm512_load_ps(m.keep + j - x.from));
+          high = _mm512_mul_ps(high, _mm512_load_ps(m.keep + j - x.from + 16));
         }
         _mm512_store_si512(out + j, to_bf16(low, high));
       }

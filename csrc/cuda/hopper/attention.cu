@@ -48,8 +48,8 @@ bool make_hopper_args(HopperArgs& to, const AttentionParams& p, int row_box, int
   to.dq = Rows::of(p.dq);
   to.dk = Rows::of(p.dk);
   to.dv = Rows::of(p.dv);
-  if (p.dout && !(to.dq.aligned && to.dk.aligned && to.dv.aligned && make_map(to.dout, p.dout, to.pack, row_box / to.pack)))
-    return false;
+  const bool aligned = to.dq.aligned && to.dk.aligned && to.dv.aligned;
+  if (p.dout && !(aligned && make_map(to.dout, p.dout, to.pack, row_box / to.pack))) return false;
   return to.out.aligned && make_map(to.q, p.q, to.pack, row_box / to.pack) && make_map(to.k, p.k, 1, key_box) &&
          make_map(to.v, p.v, 1, key_box);
 }

@@ -9,8 +9,8 @@
 
 namespace hierkernels::cuda {
 
-// Computes the call if these kernels serve it: on a device of capability 9.0, bfloat16 or float16, 64 or 128 channels of
-// q, k and v alike, no score modifier, sequences that fill tiles, tensors that tensor copies can take. Else returns
+// Computes the call if these kernels serve it: on a device of capability 9.0, bfloat16 or float16, 64 or 128 channels
+// of q, k and v alike, no score modifier, sequences that fill tiles, tensors that tensor copies can take. Else returns
 // false, and nothing is done.
 bool run_hopper_attention_forward(const AttentionParams& p, void* stream);
 // dQ, and dK with dV; delta (B, Hq, Nq) as for the kernels of sm_80.

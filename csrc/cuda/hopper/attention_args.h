@@ -76,7 +76,8 @@ __device__ __forceinline__ Span keys_of_row(const HopperArgs& p, int r) {
 __device__ __forceinline__ Span keys_of_group(const HopperArgs& p, int first) {
   if (first >= p.rows) return {0, 0};
   const int last = min(first + kGroupRows, p.rows) - 1;
-  return {static_cast<int>(p.range.lo.at(last / p.pack, p.n_keys)), static_cast<int>(p.range.hi.at(first / p.pack, p.n_keys))};
+  return {static_cast<int>(p.range.lo.at(last / p.pack, p.n_keys)),
+          static_cast<int>(p.range.hi.at(first / p.pack, p.n_keys))};
 }
 
 __device__ __forceinline__ int64_t lse_index(const HopperArgs& p, int batch, int head, int r) {

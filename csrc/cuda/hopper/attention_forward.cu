@@ -231,7 +231,8 @@ bool run(const AttentionParams& params, void* stream) {
   if (!make_hopper_args(p, params, S::kRows, S::kKeys)) return false;
   const int total = plan_tiles(p, p.rows, S::kRows, key_bytes(p) / p.packs);
   const int blocks = total < multiprocessors() ? total : multiprocessors();
-  launch("hopper_attention_forward", hopper_attention_forward_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("hopper_attention_forward", hopper_attention_forward_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream,
+         p);
   return true;
 }
 

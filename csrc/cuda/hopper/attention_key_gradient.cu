@@ -198,8 +198,8 @@ bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
   p.items = static_cast<int>(params.batch()) * p.kv_heads;
   const int total = plan_tiles(p, p.n_keys, S::kKeys, row_bytes(p));
   const int blocks = total < multiprocessors() ? total : multiprocessors();
-  launch("hopper_attention_key_gradient", hopper_attention_key_gradient_kernel<T, kDim>, blocks, S::kThreads, S::kShared,
-         stream, p);
+  launch("hopper_attention_key_gradient", hopper_attention_key_gradient_kernel<T, kDim>, blocks, S::kThreads,
+         S::kShared, stream, p);
   return true;
 }
 

@@ -12,6 +12,7 @@ namespace {
 template <int kDim>
 struct Shape {
   static constexpr int kGroups = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  // 128 keys at 128 channels would leave no registers: ptxas then serialises the products.
   static constexpr int kRows = kGroupRows * kGroups, kKeys = kDim == 64 ? 128 : 64;
   static constexpr int kKeyStages = 3, kValueStages = 2;  // keys are needed until dS K is done
   static constexpr int kThreads = kWarpgroup * (1 + kGroups), kConsumers = kGroups * kWarpgroup / kWarp;
@@ -159,8 +160,8 @@ bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
   p.delta = delta.as<float>();
   const int total = plan_tiles(p, p.rows, S::kRows, key_bytes(p) / p.packs);
   const int blocks = total < multiprocessors() ? total : multiprocessors();
-  launch("hopper_attention_query_gradient", hopper_attention_query_gradient_kernel<T, kDim>, blocks, S::kThreads, S::kShared,
-         stream, p);
+  launch("hopper_attention_query_gradient", hopper_attention_query_gradient_kernel<T, kDim>, blocks, S::kThreads,
+         S::kShared, stream, p);
   return true;
 }
 

@@ -24,8 +24,8 @@ struct Panels {
 
 // Starts copying a tile: the box at token `token` and head `head` (the first, if it has several) of batch `batch`.
 template <class Tile>
-__device__ __forceinline__ void copy_tile(unsigned char* to, const TensorMap& map, uint64_t* barrier, int batch, int head,
-                                          int token) {
+__device__ __forceinline__ void copy_tile(unsigned char* to, const TensorMap& map, uint64_t* barrier, int batch,
+                                          int head, int token) {
 #pragma unroll
   for (int panel = 0; panel < Tile::kCount; ++panel)
     ptx::tensor_copy(to + panel * Tile::kPanel, &map, barrier, panel * 64, head, token, batch);

@@ -8,7 +8,9 @@ inline void mbarrier_arrive(uint64_t* barrier) { emulation::mbarrier_arrive(barr
 inline void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) {
   emulation::mbarrier_arrive(barrier, static_cast<uint32_t>(bytes));
 }
-inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) { return emulation::mbarrier_try_wait(barrier, parity); }
+inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
+  return emulation::mbarrier_try_wait(barrier, parity);
+}
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   while (!mbarrier_try_wait(barrier, parity)) {
   }

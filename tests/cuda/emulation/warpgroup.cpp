@@ -11,8 +11,8 @@ constexpr int kGroup = 4 * kLanes, kDepth = 16, kRows = 16;  // threads; columns
 constexpr uint32_t kPoison = 0xffffffffu;
 
 // Offset of the element (mn, k) of an operand in shared memory (PTX ISA, wgmma, matrix descriptor and canonical
-// layouts), swizzled by 128 bytes. Rows along k: of 128 bytes, 8 of them `stride` apart. Rows along mn ("transposed"): 64 mn
-// in 128 bytes, 8 k in 1024; the next 8 k are `stride` apart, the next 64 mn `leading`.
+// layouts), swizzled by 128 bytes. Rows along k: of 128 bytes, 8 of them `stride` apart. Rows along mn ("transposed"):
+// 64 mn in 128 bytes, 8 k in 1024; the next 8 k are `stride` apart, the next 64 mn `leading`.
 uint32_t element_offset(uint64_t descriptor, int mn, int k, bool transposed) {
   const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4;
