@@ -38,6 +38,8 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Later devices compile the PTX of 8.0 when they first run a kernel.
 DEFAULT_ARCHS = "8.0+PTX;9.0"
+# csrc/cuda/hopper holds instructions that no other architecture has.
+HOPPER_FLAGS = ["-gencode", "arch=compute_90a,code=sm_90a"]
 
 
 def wanted(name: str) -> str:
@@ -109,12 +111,12 @@ def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, ta
         "  description = link $out",
     ]
     if nvcc:
-        nvcc_flags = " ".join([*NVCC_FLAGS, *cuda_architectures()])
+        nvcc_flags = " ".join(NVCC_FLAGS)
         lines.append(
             # What ptxas says of registers and spills goes to a file, for csrc/cuda/report.py.
-            f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {nvcc_flags} {common} -c $in -o $out "
-            "> $out.ptxas 2>&1 || (cat $out.ptxas && false)\n  depfile = $out.d\n  deps = gcc\n"
-            "  description = CUDA $in"
+            f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {nvcc_flags} $archs {common} -c $in "
+            "-o $out > $out.ptxas 2>&1 || (cat $out.ptxas && false)\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in"
         )
     objects = []
     for source in sorted(CSRC.rglob("*.cpp")) + (sorted(CSRC.rglob("*.cu")) if nvcc else []):
@@ -126,6 +128,9 @@ def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, ta
         obj = build / source.relative_to(CSRC).with_suffix(".o")
         rule = "nvcc" if source.suffix == ".cu" else "cxx"
         lines.append(f"build {quote(obj)}: {rule} {quote(source)}")
+        if source.suffix == ".cu":
+            archs = HOPPER_FLAGS if source.parent.name == "hopper" else cuda_architectures()
+            lines.append(f"  archs = {' '.join(archs)}")
         if level in LEVEL_FLAGS:
             lines.append(f"  flags = {' '.join(LEVEL_FLAGS[level])}")
         objects.append(quote(obj))

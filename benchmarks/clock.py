@@ -14,7 +14,7 @@ Run = Callable[[], object]
 MIN_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample
 MAX_ROUNDS = 30
 MIN_ROUNDS, SLOW_ROUNDS = 5, 3
-SLOW_S = 0.5  # one such call is estimate enough
+SLOW_S = 0.1  # one such call is estimate enough
 TINY_GPU_S = 1e-4  # work below this is replayed as a CUDA graph, or launches are all one measures
 
 
@@ -89,13 +89,15 @@ def loops_for(seconds: float) -> int:
     return max(1, math.ceil(MIN_SAMPLE_S / max(seconds, 1e-9)))
 
 
-def interleave(clock: Clock, runs: dict[str, Run], budget_s: float) -> dict[str, list[float]]:
+def interleave(
+    clock: Clock, runs: dict[str, Run], first: dict[str, float], budget_s: float
+) -> dict[str, list[float]]:
     """Samples (seconds a call) of every run; a round takes one of each, in rotating order.
 
-    Each run has an equal share of the budget, but at least MIN_ROUNDS samples (SLOW_ROUNDS if a
-    call is slow); a run with fewer samples than there are rounds has them spread evenly.
+    `first` estimates the seconds of a call. Each run has an equal share of the budget, but at least
+    MIN_ROUNDS samples (SLOW_ROUNDS if a call is slow); a run with fewer samples than there are
+    rounds has them spread evenly.
     """
-    first = {name: quickest(clock, run) for name, run in runs.items()}
     loops = {name: loops_for(seconds) for name, seconds in first.items()}
     counts = {}
     for name, seconds in first.items():

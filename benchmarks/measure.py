@@ -44,8 +44,7 @@ def groups(full: bool, names: Sequence[str]) -> list[Group]:
         Group(suite, case, dtype, direction)
         for suite in map(load, names)
         for case in suite.cases
-        if full or case.quick
-        for dtype in case.dtypes
+        for dtype in (case.dtypes if full else suite.quick_dtypes(case))
         for direction in suite.directions
     ]
 
@@ -93,27 +92,32 @@ class Measurements:
         problem = self._problem_of(group)
         results = {row: RowResult() for row in rows}
         runs: dict[str, clock.Run] = {}
+        first: dict[str, float] = {}
         for row, result in results.items():
             try:
-                runs[row] = self._prepare(row, group, problem, result)
+                runs[row], first[row] = self._prepare(row, group, problem, result)
             except Unsupported as error:
                 result.skipped = str(error)
             except AssertionError as error:
                 result.failed = f"wrong result, not timed: {error}"
-        for row, samples in clock.interleave(self.clock, runs, self.budget_s).items():
+        for row, samples in clock.interleave(self.clock, runs, first, self.budget_s).items():
             results[row].samples = samples
             self._describe(group, results[row])
         return results
 
-    def _prepare(self, row: str, group: Group, problem: Problem, result: RowResult) -> clock.Run:
-        """The row's quickest candidate that works, checked. Fills in errors and peak memory."""
+    def _prepare(
+        self, row: str, group: Group, problem: Problem, result: RowResult
+    ) -> tuple[clock.Run, float]:
+        """The row's quickest candidate that works, checked, and roughly the seconds of a call.
+
+        Fills in errors and peak memory.
+        """
         best: tuple[float, Candidate, dict[str, float], clock.Run] | None = None
-        choices = list(group.suite.candidates(row, problem.inputs, group.direction))
-        for candidate in choices:
+        for candidate in group.suite.candidates(row, problem.inputs, group.direction):
             try:
                 errors = problem.check(candidate, group.direction)
                 run = problem.bind(candidate, group.direction)
-                seconds = clock.quickest(self.clock, run) if len(choices) > 1 else 0.0
+                seconds = clock.quickest(self.clock, run)
             except AssertionError:
                 raise
             except Exception as error:  # a peer that cannot do the case says so in many ways
@@ -126,13 +130,16 @@ class Measurements:
         if best is None:
             raise Unsupported(result.skipped)
         result.skipped = ""
-        _, candidate, errors, run = best
+        seconds, candidate, errors, run = best
         result.extra_info = {
             "errors": errors,
             "peak_extra_bytes": memory.peak_extra(run, self.device),
             "variant": candidate.label,
         }
-        return self.clock.prepare(run)
+        prepared = self.clock.prepare(run)
+        if prepared is not run:
+            seconds = clock.quickest(self.clock, prepared)
+        return prepared, seconds
 
     def _describe(self, group: Group, result: RowResult) -> None:
         """Adds FLOPs, bytes, and rates at the median time; the run's end adds the roof's share."""

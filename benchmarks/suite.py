@@ -189,6 +189,10 @@ class Suite(ABC):
     def candidates(self, row: str, inputs: Any, direction: str) -> Iterator[Candidate]:
         """The ways to compute a row. Raises Unsupported."""
 
+    def quick_dtypes(self, case: Any) -> Sequence[torch.dtype]:
+        """The types of a case in the quick set."""
+        return case.dtypes if case.quick else ()
+
     def rows(self, case: Any, device: str, full: bool) -> list[str]:
         """The rows of a case, in the quick or the full set."""
         return [*BACKEND_ROWS[device], *self.peers]

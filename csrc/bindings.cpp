@@ -4,7 +4,10 @@
 #include <string>
 
 #include "cpu/attention/attention.h"
+#include "cpu/gated_sum/gated_sum.h"
 #include "cpu/isa.h"
+#include "cpu/rowwise/rowwise.h"
+#include "cpu/scratch.h"
 #include "cpu/select_blocks/select_blocks.h"
 #include "cpu/selected_attention/selected_attention.h"
 #include "cpu/sgu/sgu.h"
@@ -12,7 +15,10 @@
 namespace py = pybind11;
 using hierkernels::attention_params;
 using hierkernels::AttentionParams;
+using hierkernels::select_params;
+using hierkernels::selected_params;
 using hierkernels::SelectedParams;
+using hierkernels::SelectParams;
 using hierkernels::sgu_params;
 using hierkernels::SguParams;
 using hierkernels::tensor;
@@ -25,19 +31,24 @@ AttentionParams with_seed(AttentionParams p) {
   return p;
 }
 
-SelectedParams selected_params(const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
-                               const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal,
-                               double scale) {
-  SelectedParams p;
-  p.q = tensor(q);
-  p.k = tensor(k);
-  p.v = tensor(v);
-  p.indices = tensor(indices);
-  p.weights = tensor(weights);
-  p.block_size = block_size;
-  p.include_own_block = include_own_block;
-  p.is_causal = is_causal;
+hierkernels::GatedSumParams gated_sum_params(const py::object& gates, const std::array<py::object, 3>& parts) {
+  hierkernels::GatedSumParams p;
+  p.gates = tensor(gates);
+  for (int s = 0; s < hierkernels::kBranches; ++s) p.parts[s] = tensor(parts[s]);
+  return p;
+}
+
+hierkernels::RmsNormParams rms_norm_params(const py::object& x, const py::object& weight, double floor, double addend, double scale,
+                                           int64_t shift, int64_t kept, const py::object& inverse) {
+  hierkernels::RmsNormParams p;
+  p.x = tensor(x);
+  p.weight = tensor(weight);
+  p.floor = floor;
+  p.addend = addend;
   p.scale = scale;
+  p.shift = shift;
+  p.kept = kept;
+  p.inverse = tensor(inverse);
   return p;
 }
 
@@ -57,6 +68,10 @@ PYBIND11_MODULE(_native, m) {
     for (int i = 0; i <= static_cast<int>(hierkernels::detected_isa()); ++i)
       names.append(hierkernels::isa_name(static_cast<hierkernels::Isa>(i)));
     return names;
+  });
+
+  m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) {
+    hierkernels::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
   });
 
   m.def("attention_forward",
@@ -119,6 +134,35 @@ PYBIND11_MODULE(_native, m) {
           hierkernels::selected_backward(p);
         });
 
+  m.def("rms_norm_forward", [](const py::object& x, const py::object& weight, double floor, double addend, double scale, int64_t shift,
+                               int64_t kept, const py::object& out, const py::object& inverse) {
+    hierkernels::RmsNormParams p = rms_norm_params(x, weight, floor, addend, scale, shift, kept, inverse);
+    p.out = tensor(out);
+    py::gil_scoped_release release;
+    hierkernels::rms_norm_forward(p);
+  });
+  m.def("rms_norm_backward", [](const py::object& x, const py::object& weight, double floor, double addend, double scale, int64_t shift,
+                                int64_t kept, const py::object& inverse, const py::object& dout, const py::object& dx,
+                                const py::object& dweight) {
+    hierkernels::RmsNormParams p = rms_norm_params(x, weight, floor, addend, scale, shift, kept, inverse);
+    p.dout = tensor(dout);
+    p.dx = tensor(dx);
+    p.dweight = tensor(dweight);
+    py::gil_scoped_release release;
+    hierkernels::rms_norm_backward(p);
+  });
+  m.def("rotary", [](const py::object& x, const py::object& cos, const py::object& sin, bool transposed,
+                     const py::object& out) {
+    hierkernels::RotaryParams p;
+    p.x = tensor(x);
+    p.cos = tensor(cos);
+    p.sin = tensor(sin);
+    p.transposed = transposed;
+    p.out = tensor(out);
+    py::gil_scoped_release release;
+    hierkernels::rotary(p);
+  });
+
   m.def("sgu_forward",
         [](const py::object& residual, const py::object& gate, const py::object& weight, const py::object& bias,
            const py::object& gate_residual, int64_t window, int activation, const py::object& out, const py::object& z) {
@@ -149,31 +193,28 @@ PYBIND11_MODULE(_native, m) {
         [](const py::object& q, const py::object& k, const py::object& lse, int64_t heads,
            const std::array<int64_t, 5>& visible, const std::array<int64_t, 5>& candidates,
            const std::array<int64_t, 9>& blocks, bool exclude_own_block, double scale, uintptr_t indices) {
-          const auto staircase = [](const std::array<int64_t, 5>& s) {
-            return hierkernels::Staircase{s[0], s[1], s[2], s[3], s[4]};
-          };
-          hierkernels::SelectParams p;
-          p.q = tensor(q);
-          p.k = tensor(k);
-          p.lse = tensor(lse);
+          SelectParams p = select_params(q, k, lse, heads, visible, candidates, blocks, exclude_own_block, scale);
           p.indices = reinterpret_cast<int32_t*>(indices);
-          p.heads = heads;
-          p.merged = p.q.size[1] / heads;
-          p.visible = staircase(visible);
-          p.candidates = staircase(candidates);
-          p.num_blocks = blocks[0];
-          p.windows_per_block = blocks[1];
-          p.chunks_per_window = blocks[2];
-          p.first_chunk = blocks[3];
-          p.block_size = blocks[4];
-          p.query_offset = blocks[5];
-          p.num_selected = blocks[6];
-          p.num_initial = blocks[7];
-          p.num_local = blocks[8];
-          p.exclude_own_block = exclude_own_block;
-          p.scale = scale;
           py::gil_scoped_release release;
           hierkernels::select_blocks(p);
+        });
+
+  m.def("gated_sum_forward",
+        [](const py::object& gates, const std::array<py::object, 3>& parts, const py::object& out) {
+          hierkernels::GatedSumParams p = gated_sum_params(gates, parts);
+          p.out = tensor(out);
+          py::gil_scoped_release release;
+          hierkernels::gated_sum_forward(p);
+        });
+  m.def("gated_sum_backward",
+        [](const py::object& gates, const std::array<py::object, 3>& parts, const py::object& dout,
+           const py::object& dgates, const std::array<py::object, 3>& dparts) {
+          hierkernels::GatedSumParams p = gated_sum_params(gates, parts);
+          p.dout = tensor(dout);
+          p.dgates = tensor(dgates);
+          for (int s = 0; s < hierkernels::kBranches; ++s) p.dparts[s] = tensor(dparts[s]);
+          py::gil_scoped_release release;
+          hierkernels::gated_sum_backward(p);
         });
 
 #if defined(HIERKERNELS_CUDA)

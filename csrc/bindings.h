@@ -6,6 +6,8 @@
 #include <array>
 
 #include "common/attention_params.h"
+#include "common/select_params.h"
+#include "common/selected_params.h"
 #include "common/sgu_params.h"
 #include "common/tensor.h"
 
@@ -23,6 +25,17 @@ AttentionParams attention_params(const pybind11::object& q, const pybind11::obje
                                  const pybind11::object& padding, const pybind11::object& seed,
                                  const std::array<int64_t, 10>& key_range, double scale, double softcap, double dropout_p,
                                  int64_t bias_width, int64_t bias_before);
+
+// A call of selected attention from SelectedCall.arguments(), but for what it writes.
+SelectedParams selected_params(const pybind11::object& q, const pybind11::object& k, const pybind11::object& v,
+                               const pybind11::object& indices, const pybind11::object& weights, int64_t block_size,
+                               bool include_own_block, bool is_causal, double scale);
+
+// A call of block selection, but for what it writes; blocks: num_blocks, windows_per_block, chunks_per_window, first_chunk,
+// block_size, query_offset, num_selected, num_initial, num_local.
+SelectParams select_params(const pybind11::object& q, const pybind11::object& k, const pybind11::object& lse, int64_t heads,
+                           const std::array<int64_t, 5>& visible, const std::array<int64_t, 5>& candidates,
+                           const std::array<int64_t, 9>& blocks, bool exclude_own_block, double scale);
 
 // A call of the spatial gating unit, but for what it writes.
 SguParams sgu_params(const pybind11::object& residual, const pybind11::object& gate, const pybind11::object& weight,

@@ -85,6 +85,48 @@ AttentionParams attention_params(const py::object& q, const py::object& k, const
   return p;
 }
 
+SelectedParams selected_params(const py::object& q, const py::object& k, const py::object& v, const py::object& indices,
+                               const py::object& weights, int64_t block_size, bool include_own_block, bool is_causal,
+                               double scale) {
+  SelectedParams p;
+  p.q = tensor(q);
+  p.k = tensor(k);
+  p.v = tensor(v);
+  p.indices = tensor(indices);
+  p.weights = tensor(weights);
+  p.block_size = block_size;
+  p.include_own_block = include_own_block;
+  p.is_causal = is_causal;
+  p.scale = scale;
+  return p;
+}
+
+SelectParams select_params(const py::object& q, const py::object& k, const py::object& lse, int64_t heads,
+                           const std::array<int64_t, 5>& visible, const std::array<int64_t, 5>& candidates,
+                           const std::array<int64_t, 9>& blocks, bool exclude_own_block, double scale) {
+  const auto staircase = [](const std::array<int64_t, 5>& s) { return Staircase{s[0], s[1], s[2], s[3], s[4]}; };
+  SelectParams p;
+  p.q = tensor(q);
+  p.k = tensor(k);
+  p.lse = tensor(lse);
+  p.heads = heads;
+  p.merged = p.q.size[1] / heads;
+  p.visible = staircase(visible);
+  p.candidates = staircase(candidates);
+  p.num_blocks = blocks[0];
+  p.windows_per_block = blocks[1];
+  p.chunks_per_window = blocks[2];
+  p.first_chunk = blocks[3];
+  p.block_size = blocks[4];
+  p.query_offset = blocks[5];
+  p.num_selected = blocks[6];
+  p.num_initial = blocks[7];
+  p.num_local = blocks[8];
+  p.exclude_own_block = exclude_own_block;
+  p.scale = scale;
+  return p;
+}
+
 SguParams sgu_params(const py::object& residual, const py::object& gate, const py::object& weight, const py::object& bias,
                      const py::object& gate_residual, int64_t window, int activation) {
   SguParams p;

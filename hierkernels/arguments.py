@@ -23,3 +23,24 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
+
+
+_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The arguments in the dtype that autocast asks for; the first is no None, others may be.
+
+    If one is no tensor of a type that autocast casts, all stay as they are, for the checks.
+    """
+    first = tensors[0]
+    if not isinstance(first, torch.Tensor):
+        return tensors
+    kind = "cpu" if first.is_cpu else first.device.type  # is_cpu is a tenth of the time
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    for t in tensors:
+        if t is not None and not (isinstance(t, torch.Tensor) and t.dtype in _AUTOCAST):
+            return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)

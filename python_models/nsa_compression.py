@@ -15,6 +15,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 import hierkernels as hk
+from python_models.layers import PlainRMSNorm
 
 
 def cut_windows(x: Tensor, size: int, stride: int) -> Tensor:
@@ -175,8 +176,8 @@ class _FeedForward(nn.Module):
 class _TransformerLayer(nn.Module):
     def __init__(self, dim: int, num_heads: int, ff_hidden_dim: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(dim)
-        self.norm2 = nn.RMSNorm(dim)
+        self.norm1 = PlainRMSNorm(dim)
+        self.norm2 = PlainRMSNorm(dim)
         self.attn = _SelfAttention(dim, num_heads, dropout)
         self.ff = _FeedForward(dim, ff_hidden_dim, dropout)
 

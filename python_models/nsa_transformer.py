@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from python_models.arguments import check_integer, check_token_type, check_token_values
+from python_models.layers import PlainRMSNorm
 from python_models.nsa_attention import PRESETS, DenseAttention, SparseAttention
 from python_models.nsa_cache import DenseCache, LayerCache
 from python_models.pretrained import Pretrained
@@ -49,7 +50,9 @@ PAPER_SPARSE_ATTN_KWARGS = MappingProxyType(
 def feed_forward(dim: int, expansion_factor: float = 4.0) -> nn.Sequential:
     """Norm, expansion, GELU, contraction: ``(..., C) -> (..., C)``."""
     hidden = int(dim * expansion_factor)
-    return nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+    return nn.Sequential(
+        PlainRMSNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+    )
 
 
 class Transformer(Pretrained, nn.Module):
@@ -126,7 +129,7 @@ class Transformer(Pretrained, nn.Module):
             nn.ModuleList((attention(), feed_forward(dim, ff_expansion_factor)))
             for _ in range(depth)
         )
-        self.norm = nn.RMSNorm(dim)
+        self.norm = PlainRMSNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
 
     def forward(

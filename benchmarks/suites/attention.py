@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -34,6 +34,7 @@ SEQUENCE_STEP = 13
 # The eager reference takes long, and gigabytes, beyond 1024 tokens: the full set has it.
 COMPILING_ROWS = ("compiled", "flex")
 COMPILED_IN_QUICK = ("long-1x8x2048x64",)
+FLOAT32_IN_QUICK = (*COMPILED_IN_QUICK, "bias-1x8x1024x64-hqk")
 EAGER_SCORES_IN_QUICK = 8 * 1024**2
 
 MEMORY_HEADS, MEMORY_CHANNELS = 1, 64  # one head: eager at N = 16384 then needs some 6 GB
@@ -78,6 +79,9 @@ class AttentionSuite(Suite):
         quick_lengths=(1024, 16384),
         needs=_memory_needs,
     )
+
+    def quick_dtypes(self, case: Case) -> Sequence[torch.dtype]:
+        return (torch.float32,) if case.name in FLOAT32_IN_QUICK else super().quick_dtypes(case)
 
     def rows(self, case: Case, device: str, full: bool) -> list[str]:
         peers = list(self.peers)

@@ -1,6 +1,8 @@
 // The CUDA operators for Python: names start with cuda_, the last argument is the stream's handle.
 #include "../bindings.h"
 
+#include <tuple>
+
 #include "operators.h"
 
 namespace py = pybind11;
@@ -74,19 +76,82 @@ void bind_sgu(py::module_& m) {
   });
 }
 
+// A call as SelectedCall.arguments() has it.
+using Call = const std::tuple<py::object, py::object, py::object, py::object, py::object, int64_t, bool, bool, double>&;
+
+SelectedParams params(Call call) {
+  return std::apply([](const auto&... x) { return selected_params(x...); }, call);
+}
+
+void bind_selected(py::module_& m) {
+  m.def("cuda_selected_plan", [](Call call) {
+    const cuda::SelectedPlan plan = cuda::selected_plan(params(call));
+    return py::make_tuple(plan.set_words, plan.visit_words, plan.pairs, plan.blocks, plan.visits, plan.keys, plan.segments);
+  });
+  m.def("cuda_selected_forward", [](Call call, Object out, Object lse, Object lists, uintptr_t stream) {
+    SelectedParams p = params(call);
+    p.out = tensor(out);
+    p.lse = tensor(lse);
+    cuda::selected_forward(p, tensor(lists), handle(stream));
+  });
+  m.def("cuda_selected_weight_parts", [](Call call) { return cuda::selected_weight_parts(params(call)); });
+  m.def("cuda_selected_backward_queries", [](Call call, Object out, Object lse, Object dout, Object dlse, Object dq,
+                                             Object dweights, Object lists, Object delta, uintptr_t stream) {
+    SelectedParams p = params(call);
+    p.out = tensor(out);
+    p.lse = tensor(lse);
+    p.dout = tensor(dout);
+    p.dlse = tensor(dlse);
+    p.dq = tensor(dq);
+    p.dweights = tensor(dweights);
+    cuda::selected_backward_queries(p, tensor(lists), tensor(delta), handle(stream));
+  });
+  m.def("cuda_selected_count_visits", [](Call call, Object visits, Object counts, uintptr_t stream) {
+    cuda::selected_count_visits(params(call), tensor(visits), tensor(counts), handle(stream));
+  });
+  m.def("cuda_selected_place_visits", [](Call call, Object visits, Object offsets, Object visitors, uintptr_t stream) {
+    cuda::selected_place_visits(params(call), tensor(visits), tensor(offsets), tensor(visitors), handle(stream));
+  });
+  m.def("cuda_selected_backward_keys",
+        [](Call call, Object lse, Object dout, Object dk, Object dv, Object delta, Object visitors, Object starts,
+           Object item_block, Object first_item, Object first_part, Object parts, int64_t chunk, uintptr_t stream) {
+          SelectedParams p = params(call);
+          p.lse = tensor(lse);
+          p.dout = tensor(dout);
+          p.dk = tensor(dk);
+          p.dv = tensor(dv);
+          cuda::selected_backward_keys(p,
+                                       {tensor(visitors), tensor(starts), tensor(item_block), tensor(first_item),
+                                        tensor(first_part), tensor(parts), chunk},
+                                       tensor(delta), handle(stream));
+        });
+}
+
+void bind_select_blocks(py::module_& m) {
+  m.def("cuda_select_blocks",
+        [](Object q, Object k, Object lse, int64_t heads, const std::array<int64_t, 5>& visible,
+           const std::array<int64_t, 5>& candidates, const std::array<int64_t, 9>& blocks, bool exclude_own_block,
+           double scale, Object indices, uintptr_t stream) {
+          cuda::select_blocks(select_params(q, k, lse, heads, visible, candidates, blocks, exclude_own_block, scale),
+                              tensor(indices), handle(stream));
+        });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   m.attr("cuda_version") = cuda::runtime_version();
-  m.attr("cuda_kernels") = "attention, causal_sgu";  // the operators that follow, for hierkernels.info
+  m.attr("cuda_kernels") = "attention, causal_sgu, selected_attention, select_blocks";  // the operators that follow, for hierkernels.info
   m.def("cuda_kernel_table", [] {  // (name, threads, bytes of shared memory) of each kernel
     py::list table;
-    for (const auto& kernels : {cuda::attention_kernels(), cuda::sgu_kernels()})
+    for (const auto& kernels : {cuda::attention_kernels(), cuda::sgu_kernels(), cuda::selected_kernels(), cuda::select_kernels()})
       for (const cuda::KernelInfo& k : kernels) table.append(py::make_tuple(k.name, k.threads, k.shared_bytes));
     return table;
   });
   bind_attention(m);
   bind_sgu(m);
+  bind_selected(m);
+  bind_select_blocks(m);
 }
 
 }  // namespace hierkernels

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "../common/attention_params.h"
+#include "../common/select_params.h"
+#include "../common/selected_params.h"
 #include "../common/sgu_params.h"
 
 namespace hierkernels::cuda {
@@ -28,6 +30,37 @@ void sgu_forward(const SguParams& p, void* stream);
 void sgu_backward(const SguParams& p, const Tensor& sums, void* stream);
 int sgu_weight_splits(const SguParams& p);
 
+// Selected attention: types and widths as attention's; block_size, indices and weights as in SelectedParams. Memory for
+// integers comes as tensors of as many words of 32 bits.
+struct SelectedPlan {
+  int64_t set_words;    // of the lists of blocks that forward and dQ visit
+  int64_t visit_words;  // of those that the backward inverts
+  int64_t pairs, blocks, visits, keys;  // batch x key/value heads; blocks of `keys` keys in dK; visits of a pair, at most
+  int64_t segments;     // parts of a pair's queries that are sorted
+};
+SelectedPlan selected_plan(const SelectedParams& p);
+void selected_forward(const SelectedParams& p, const Tensor& lists, void* stream);
+
+// The backward, in steps. dQ, delta (B, Hq, Nq), and p.dweights (selected_weight_parts(p), the shape of indices), zeros at
+// first: parts of the gradient, to be added.
+void selected_backward_queries(const SelectedParams& p, const Tensor& lists, const Tensor& delta, void* stream);
+int selected_weight_parts(const SelectedParams& p);
+// Counts the visits of each block by each segment of queries, (pairs, blocks, segments); then places them by the sums of
+// these numbers, as (row, word) in the order of blocks.
+void selected_count_visits(const SelectedParams& p, const Tensor& visits, const Tensor& counts, void* stream);
+void selected_place_visits(const SelectedParams& p, const Tensor& visits, const Tensor& offsets, const Tensor& visitors,
+                           void* stream);
+// Items of work: see hierkernels/ops/selected_attention/work_items.py.
+struct SelectedInverse {
+  Tensor visitors, starts, item_block, first_item, first_part, parts;
+  int64_t chunk;
+};
+void selected_backward_keys(const SelectedParams& p, const SelectedInverse& inverse, const Tensor& delta, void* stream);
+
+// q and k of float32, bfloat16 or float16, up to 256 channels; without lse float32 and p.merged 1. indices, contiguous, is
+// (B, heads, Nq, num_selected) of 32-bit integers.
+void select_blocks(const SelectParams& p, const Tensor& indices, void* stream);
+
 // What a block of a kernel takes.
 struct KernelInfo {
   std::string name;  // as in the kernel's C++ name: attention_forward_kernel<float, 64>
@@ -35,6 +68,8 @@ struct KernelInfo {
 };
 std::vector<KernelInfo> attention_kernels();
 std::vector<KernelInfo> sgu_kernels();
+std::vector<KernelInfo> selected_kernels();
+std::vector<KernelInfo> select_kernels();
 
 int runtime_version();  // as CUDART_VERSION: 13000 is 13.0; 0 in the emulation
 

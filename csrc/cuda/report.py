@@ -2,13 +2,17 @@
 
     python csrc/cuda/report.py      (make cuda-report)
 
-Reads what ptxas said during the build. Exit status 1 if a main kernel spills registers, or if a
-block takes more shared memory than every device has.
+Reads what ptxas said during the build. Exit status 1 if a main kernel spills registers, if a block
+takes more shared memory than its devices have, or if ptxas serialised the products (wgmma) of a
+kernel for sm_90a. Where cuobjdump and nvdisasm are at hand, such kernels must have HGMMA, too.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +23,7 @@ from hierkernels.native import native
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_SHARED = 99 * 1024  # of a block, on every device from sm_80 on
+MAX_SHARED_90A = 227 * 1024
 # float32 at more than 128 channels may spill some bytes: it is there to be right, and rare.
 MAY_SPILL = re.compile(r"<float, 256>")
 
@@ -31,6 +36,7 @@ class Usage:
     arch: str
     registers: int
     spilled: int  # bytes stored
+    serialised: bool = False  # each wgmma waits for the one before
 
 
 def read_log(text: str) -> Iterator[Usage]:
@@ -40,8 +46,11 @@ def read_log(text: str) -> Iterator[Usage]:
         r"Used (\d+) registers",
         re.DOTALL,
     )
+    serialised = set(
+        re.findall(r"wgmma\S* instructions are serialized.*in the function '(\w+)'", text)
+    )
     for mangled, arch, spilled, registers in entry.findall(text):
-        yield Usage(demangle(mangled), arch, int(registers), int(spilled))
+        yield Usage(demangle(mangled), arch, int(registers), int(spilled), mangled in serialised)
 
 
 def demangle(mangled: str) -> str:
@@ -56,9 +65,53 @@ def problem(usage: Usage, blocks: dict[str, tuple[int, int]]) -> str:
     """What is wrong with a kernel, "" if nothing; blocks: threads and shared memory by name."""
     if usage.kernel not in blocks:
         return "not in cuda_kernel_table"
-    if blocks[usage.kernel][1] > MAX_SHARED:
-        return f"more than {MAX_SHARED} bytes of shared memory"
+    limit = MAX_SHARED_90A if usage.arch == "sm_90a" else MAX_SHARED
+    if blocks[usage.kernel][1] > limit:
+        return f"more than {limit} bytes of shared memory"
+    if usage.serialised:
+        return "wgmma is serialised"
     return "spills" if usage.spilled and not MAY_SPILL.search(usage.kernel) else ""
+
+
+def disassembler() -> tuple[str, dict[str, str]] | None:
+    """cuobjdump and the environment in which it finds nvdisasm: of the toolkit or of Triton."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    if triton := importlib.util.find_spec("triton"):
+        for place in triton.submodule_search_locations or ():
+            folders.append(str(Path(place) / "backends" / "nvidia" / "bin"))
+    path = os.pathsep.join(folders)
+    found = shutil.which("cuobjdump", path=path)
+    if found is None or shutil.which("nvdisasm", path=path) is None:
+        return None
+    return found, {**os.environ, "PATH": path}
+
+
+def count_instructions(disassembly: str, names: tuple[str, ...]) -> dict[str, dict[str, int]]:
+    """For each kernel of a disassembly, how often the instructions occur."""
+    counts = {}
+    for part in disassembly.split("Function : ")[1:]:
+        mangled, _, body = part.partition("\n")
+        found = {name: len(re.findall(rf"\b{name}\b", body)) for name in names}
+        counts[demangle(mangled.strip())] = found
+    return counts
+
+
+def report_hopper() -> int:
+    """Prints what kernels for sm_90a consist of; returns how many lack HGMMA."""
+    tool = disassembler()
+    if tool is None:
+        print("no cuobjdump and nvdisasm here: sm_90a is not disassembled")
+        return 0
+    lacking = 0
+    for obj in sorted(ROOT.glob("build/temp*/cuda/hopper/*.o")):
+        command = [tool[0], "-sass", str(obj)]
+        shown = subprocess.run(command, capture_output=True, text=True, env=tool[1], check=True)
+        names = ("HGMMA", "UTMALDG", "LDL", "STL")
+        for kernel, found in sorted(count_instructions(shown.stdout, names).items()):
+            lacking += found["HGMMA"] == 0
+            listed = "".join(f"{count:6d} {name}" for name, count in found.items())
+            print(f"sm_90a {kernel:52s}{listed}  {'ok' if found['HGMMA'] else 'no HGMMA'}")
+    return lacking
 
 
 def main() -> int:
@@ -82,9 +135,11 @@ def main() -> int:
     missing = sorted(set(blocks) - {u.kernel for u in usages})
     for name in missing:
         print(f"{name}: no compilation of it was logged")
+    lacking = report_hopper()
     kernels = len({u.kernel for u in usages})
-    print(f"{kernels} kernels, {len(usages)} compilations, {problems + len(missing)} problems")
-    return 1 if problems or missing or not usages else 0
+    problems += len(missing) + lacking
+    print(f"{kernels} kernels, {len(usages)} compilations, {problems} problems")
+    return 1 if problems or not usages else 0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from hierkernels.triton_common.launch import Launch
+from hierkernels.triton_common.launch import Launch, Target
 
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that a program may have.
@@ -70,9 +70,23 @@ class Report:
         return (
             f"sm_{self.arch:<4d}{self.case:14s}D{self.channels:<4d}{self.kernel:15s}{self.tile:22s}"
             f"{self.registers:4d} registers {self.spill_stores:4d}/{self.spill_loads:<4d} B spill "
-            f"{self.shared / 1024:6.1f} KiB  {self.products:12s}{self.seconds:5.1f} s  "
+            f"{self.shared / 1024:6.1f} KiB  {self.products:14s}{self.seconds:5.1f} s  "
             f"{self.problem or 'ok'}"
         )
+
+
+def target_for(case: AnyCase, family: str) -> Target:
+    """What a case is planned for on devices of a family."""
+    return Target(family, "ieee" if case.dtype == "float32" else "tf32")
+
+
+def new_tensor(device: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """An argument of a case: without memory on "meta", else random, or True."""
+    if device == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    if dtype.is_floating_point:
+        return torch.randn(shape, device=device).to(dtype)
+    return torch.ones(shape, dtype=dtype, device=device)
 
 
 def _describe(launch: Launch) -> tuple[dict, dict, dict]:
@@ -146,6 +160,8 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
     multiplies = "tt.dot" in compiled.asm["ttir"]
     plain = "fma" if multiplies else "none"
     products = next((f"{kind.split('.')[0]} {n}" for kind, n in counts.items() if n), plain)
+    if "cp.async.bulk.tensor" in ptx:
+        products += " tma"
     spills = number(r"(\d+) bytes spill stores")
     shared, limit = compiled.metadata.shared, SHARED_MEMORY[arch]
     problems = []
@@ -157,14 +173,14 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
         problems.append(f"tensor memory over {_TENSOR_MEMORY}")
     if "serializ" in log:
         problems.append("serialised")
-    if case.dtype != "float32" and products == "fma":
+    if case.dtype != "float32" and products.startswith("fma"):
         problems.append("no tensor cores")
     blocks = [arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C") if name in arguments]
     tile = "x".join(map(str, blocks[:2])) + f" w{options['num_warps']}s{options['num_stages']}"
     tile += f" {arguments.get('LOOP', '')}"
     name = launch.kernel.__name__.removesuffix("_kernel")
     name = re.sub(
-        "^_(attention|causal_sgu|selected_attention|select_blocks|native_sparse_attention)_",
+        "^_(attention|causal_sgu|selected_attention|select_blocks|native_sparse_attention|rms_norm)_",
         "",
         name,
     )
@@ -178,7 +194,7 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
 def _compile_index(module: str, case: int, arch: int, index: int) -> Report:
     """In a worker process: kernels and tensors do not travel, so the plan is made again."""
     op = importlib.import_module(module)
-    launch = op.plan(op.CASES[case], arch)[index]
+    launch = op.plan(op.CASES[case], target_for(op.CASES[case], f"sm_{arch}"))[index]
     return compile_launch(op.CASES[case], arch, launch, op.spill_limit(op.CASES[case]))
 
 
@@ -189,7 +205,7 @@ def compile_all(module: str, cases: list[int], archs: list[int], jobs: int) -> I
         (module, c, arch, i)
         for arch in archs
         for c in cases
-        for i in range(len(op.plan(op.CASES[c], arch)))
+        for i in range(len(op.plan(op.CASES[c], target_for(op.CASES[c], f"sm_{arch}"))))
     ]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_compile_index, *zip(*work, strict=True))

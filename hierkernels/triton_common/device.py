@@ -41,4 +41,4 @@ def target_of(t: torch.Tensor, interpreted: bool) -> Target:
         return Target(device_family(None), "emulated")
     exact = t.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     family = device_family(torch.cuda.get_device_capability(t.device))
-    return Target(family, "ieee" if exact else "tf32")
+    return Target(family, "ieee" if exact else "tf32", torch.cuda.get_device_name(t.device))

@@ -6,8 +6,12 @@ A plan only looks at shapes, strides and dtypes. A backend runs it; the ahead-of
 
 from __future__ import annotations
 
+import contextvars
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+import triton
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class Target:
 
     family: str  # device.device_family
     precision: str  # "ieee" or "tf32" (matters for float32), "emulated" in the interpreter
+    device: str = ""  # the name of the device, which may have a table of its own
 
 
 @dataclass(frozen=True)
@@ -26,5 +31,22 @@ class Launch:
     programs: int
     arguments: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """The kernel's name in tables: causal_sgu_forward."""
+        return self.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+
     def run(self) -> None:
+        if self.arguments.get("DESCRIPTORS"):  # which are written to memory that Triton asks for
+            contextvars.copy_context().run(self._run_with_workspace)
+        else:
+            self.kernel[(self.programs,)](**self.arguments)
+
+    def _run_with_workspace(self) -> None:
+        device = self.arguments["q_ptr"].device
+
+        def allocate(size: int, _alignment: int, _stream: int | None) -> torch.Tensor:
+            return torch.empty(size, dtype=torch.int8, device=device)
+
+        triton.set_allocator(allocate)  # in this context alone: a caller's own stays as it is
         self.kernel[(self.programs,)](**self.arguments)

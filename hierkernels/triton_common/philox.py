@@ -17,34 +17,33 @@ def dropout_keep(
     h,
     b,
     n0,
+    j,
     threshold,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
     ALIGNED: tl.constexpr = True,
 ):
-    """True where a probability survives, for the keys n0 ... n0 + BLOCK_N - 1.
+    """True where a probability survives, for the keys j: [BLOCK_N].
 
-    n0 is a multiple of BLOCK_N if ALIGNED; i (query): [BLOCK_M], h (head): the same or a scalar.
-    The tile is [BLOCK_M, BLOCK_N], and [BLOCK_N, BLOCK_M] with KEYS_FIRST.
+    ALIGNED: these are n0 ... n0 + BLOCK_N - 1, and n0 is a multiple of BLOCK_N. i (query):
+    [BLOCK_M], h (head) and b (batch): the same or a scalar. The tile is [BLOCK_M, BLOCK_N],
+    and [BLOCK_N, BLOCK_M] with KEYS_FIRST.
     """
     # A tile of whole periods of 64 keys uses all four words of each counter, any other picks a
     # word for each key.
     WHOLE: tl.constexpr = ALIGNED and BLOCK_N % 64 == 0
-    if WHOLE:
-        counter = n0 // 4 + tl.arange(0, BLOCK_N // 4)
-    else:
-        j = n0 + tl.arange(0, BLOCK_N)
-        counter = j // 64 * 16 + j % 16
+    counter = n0 // 4 + tl.arange(0, BLOCK_N // 4) if WHOLE else j // 64 * 16 + j % 16
     if KEYS_FIRST:
         c0 = counter[:, None] + tl.zeros_like(i)[None, :]
         c1 = i[None, :] + tl.zeros_like(c0)
         c2 = (h + tl.zeros_like(i))[None, :] + tl.zeros_like(c0)
+        c3 = (b + tl.zeros_like(i))[None, :] + tl.zeros_like(c0)
     else:
         c0 = counter[None, :] + tl.zeros_like(i)[:, None]
         c1 = i[:, None] + tl.zeros_like(c0)
         c2 = (h + tl.zeros_like(i))[:, None] + tl.zeros_like(c0)
-    c3 = b + tl.zeros_like(c0)
+        c3 = (b + tl.zeros_like(i))[:, None] + tl.zeros_like(c0)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
     least = threshold.to(tl.uint32)
     if WHOLE:

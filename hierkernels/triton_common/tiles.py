@@ -28,6 +28,35 @@ def row_offsets(rows, stride, PACK: tl.constexpr):
 
 
 @triton.jit
+def load_tile(ptr, at, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    """The [rows, BLOCK_D] elements whose rows start at offsets `at`; columns from D on are zero.
+
+    TAIL: rows may be invalid, and are zero then.
+    """
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + at[:, None] + d[None, :]
+    if TAIL and BLOCK_D > D:
+        return tl.load(ptrs, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    elif TAIL:
+        return tl.load(ptrs, mask=valid[:, None], other=0.0)
+    elif BLOCK_D > D:
+        return tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(
+    ptr, at, valid, tile, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Stores the first D columns of valid rows, rounded to the pointer's type."""
+    d = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (d < D)[None, :]
+    tile = rounded(tile, ptr.dtype.element_ty, PRECISION)
+    tl.store(ptr + at[:, None] + d[None, :], tile, mask=mask)
+
+
+@triton.jit
 def load_rows(
     ptr,
     rows,
@@ -38,17 +67,8 @@ def load_rows(
     BLOCK_D: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """A [rows, BLOCK_D] tile. TAIL: rows may lie past n_rows; columns from D on are zero."""
-    d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + row_offsets(rows, stride, PACK)[:, None] + d[None, :]
-    if TAIL and BLOCK_D > D:
-        return tl.load(ptrs, mask=(rows < n_rows)[:, None] & (d < D)[None, :], other=0.0)
-    elif TAIL:
-        return tl.load(ptrs, mask=(rows < n_rows)[:, None], other=0.0)
-    elif BLOCK_D > D:
-        return tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
-    else:
-        return tl.load(ptrs)
+    """A [rows, BLOCK_D] tile of packed rows. TAIL: rows may lie past n_rows."""
+    return load_tile(ptr, row_offsets(rows, stride, PACK), rows < n_rows, D, BLOCK_D, TAIL)
 
 
 @triton.jit
@@ -63,11 +83,8 @@ def store_rows(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Stores the first D columns of the rows before n_rows, rounded to the pointer's type."""
-    d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + row_offsets(rows, stride, PACK)[:, None] + d[None, :]
-    mask = (rows < n_rows)[:, None] & (d < D)[None, :]
-    tl.store(ptrs, rounded(tile, ptr.dtype.element_ty, PRECISION), mask=mask)
+    """Stores the first D columns of the packed rows before n_rows."""
+    store_tile(ptr, row_offsets(rows, stride, PACK), rows < n_rows, tile, D, BLOCK_D, PRECISION)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hopper_cases import NOT_SERVED, SERVED
 
 from hierkernels.ops.attention.spec import CORRECTNESS, Case
 from hierkernels.testing import case_ids, check_accuracy, compute, make_inputs, poisoned_memory
@@ -13,6 +14,10 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CASES = [
     pytest.param(c, d, id=f"attention-cuda-{name}") for name, c, d in case_ids(CORRECTNESS, DTYPES)
+]
+_CASES += [
+    pytest.param(c, d, id=f"attention-cuda-{name}")
+    for name, c, d in case_ids((*SERVED, *NOT_SERVED), (torch.bfloat16, torch.float16))
 ]
 
 

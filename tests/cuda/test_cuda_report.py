@@ -25,6 +25,22 @@ ptxas info    : Used 31 registers, used 1 barriers, 1000 bytes cmem[0]
 """
 
 
+# ptxas of a kernel whose products wait for each other, and cuobjdump of two kernels.
+SERIALISED = """
+ptxas info    : (C7520) Potential Performance Loss: wgmma.mma_async instructions are serialized \
+due to program dependence in the function '_ZN1a24attention_forward_kernelIfLi64EEEvi'
+"""
+SASS = """
+\t\tFunction : _ZN1a24attention_forward_kernelIfLi64EEEvi
+\t.headerflags\t@"EF_CUDA_SM90"
+        /*0010*/  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+        /*0020*/  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0030*/  UTMALDG.4D [UR8], [UR4] ;
+\t\tFunction : _ZN1a25attention_forward_kernel2IfEEvi
+        /*0010*/  HMMA.16816.F32.BF16 R4, R4, R2, R4 ;
+"""
+
+
 @pytest.fixture
 def report() -> ModuleType:
     spec = importlib.util.spec_from_file_location("cuda_report", PATH)
@@ -43,6 +59,23 @@ def test_the_log_is_read(report: ModuleType) -> None:
     assert (second.arch, second.registers, second.spilled) == ("sm_90", 31, 0)
 
 
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="names are read by c++filt")
+def test_serialised_products_are_a_problem(report: ModuleType) -> None:
+    first, second = report.read_log(SERIALISED + LOG.replace("12 bytes spill", "0 bytes spill"))
+    assert (first.serialised, second.serialised) == (True, False)
+    blocks = {first.kernel: (128, 4096), second.kernel: (128, 4096)}
+    assert report.problem(first, blocks) == "wgmma is serialised"
+    assert report.problem(second, blocks) == ""
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="names are read by c++filt")
+def test_instructions_are_counted(report: ModuleType) -> None:
+    assert report.count_instructions(SASS, ("HGMMA", "UTMALDG")) == {
+        "a::attention_forward_kernel<float, 64>": {"HGMMA": 2, "UTMALDG": 1},
+        "a::attention_forward_kernel2<float>": {"HGMMA": 0, "UTMALDG": 0},
+    }
+
+
 def test_what_is_a_problem(report: ModuleType) -> None:
     blocks = {"main<float, 64>": (128, 4096), "rare<float, 256>": (64, 4096)}
     blocks["large<float>"] = (128, 100 * 1024)
@@ -54,6 +87,7 @@ def test_what_is_a_problem(report: ModuleType) -> None:
     assert found("main<float, 64>", 4) == "spills"
     assert found("rare<float, 256>", 4) == ""
     assert "shared memory" in found("large<float>", 0)
+    assert report.problem(report.Usage("large<float>", "sm_90a", 255, 0), blocks) == ""
     assert found("unknown<float>", 0) == "not in cuda_kernel_table"
 
 

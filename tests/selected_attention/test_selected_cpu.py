@@ -22,8 +22,8 @@ from hierkernels.testing import Results, Standard, case_ids, compute, poisoned_m
 CORE = native()
 if CORE is None:
     pytest.skip(f"the compiled core is missing: {native_error()}", allow_module_level=True)
-# The levels above avx512 have no kernel of their own: they take that of avx512.
-LEVELS = ("generic", "avx2", "avx512")
+# Those with a kernel of their own: avx512bf16 for bfloat16, which amx takes over.
+LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
 ISAS: list[str] = [isa for isa in CORE.cpu_isas() if isa in LEVELS]
 CASES = {case.name: case for case in CORRECTNESS}
 
@@ -58,8 +58,8 @@ def _kernels(inputs: Inputs) -> Results:
 def _level_ids() -> Iterator[tuple[str, str, str, torch.dtype]]:
     """(id, level, case, dtype) of the instruction sets below the best one.
 
-    The products know float32 and float64 alone; other types pass the conversions, which have cases
-    of their own.
+    There the products know float32 and float64 alone; other types pass the conversions, which have
+    cases of their own.
     """
     for isa in ISAS[:-1]:
         for dtype in ALL_DTYPES:
@@ -90,13 +90,22 @@ def test_accuracy_on_other_levels(
     check_accuracy(inputs, _kernels(inputs), standard)
 
 
-@pytest.mark.parametrize("isa", [isa for isa in CORE.cpu_isas() if isa not in LEVELS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-def test_higher_levels_take_the_kernel_of_avx512(
-    dtype: torch.dtype, isa: str, set_isa: Callable[[str], None]
+@pytest.mark.parametrize(
+    "isa, dtype, lower",
+    [
+        ("avx512bf16", torch.float32, "avx512"),
+        ("amx", torch.float32, "avx512"),
+        ("amx", torch.bfloat16, "avx512bf16"),
+    ],
+    ids=str,
+)
+def test_higher_levels_take_the_kernel_of_lower_ones(
+    isa: str, dtype: torch.dtype, lower: str, set_isa: Callable[[str], None]
 ) -> None:
+    if isa not in CORE.cpu_isas():
+        pytest.skip(f"this machine has no {isa}")
     inputs = make_inputs(CASES["everything"], dtype)
-    set_isa("avx512")
+    set_isa(lower)
     expected = compute(inputs, "cpu")
     set_isa(isa)
     for name, value in compute(inputs, "cpu").items():

@@ -57,9 +57,8 @@ def _parameters(quick: bool) -> list:
 
 def _check(reports: list[dict]) -> None:
     kernels = {report["kernel"] for report in reports}
-    assert kernels >= {"short_forward", "short_backward"} or kernels >= {
-        "forward", "backward_dq", "backward_dkv"
-    }  # fmt: skip
+    short = reports[0]["case"].startswith("short")  # one backward kernel writes all
+    assert kernels >= {"forward", "backward_dq"} | ({"backward_dkv"} if not short else set())
     problems = [f"{r['kernel']} {r['tile']}: {r['problem']}" for r in reports if r["problem"]]
     assert not problems
 
@@ -74,25 +73,6 @@ def test_compiles(arch: int, case, quick: Reports) -> None:
 @pytest.mark.parametrize(("arch", "case"), _parameters(quick=False))
 def test_compiles_everything(arch: int, case, full: Reports) -> None:
     _check(full[arch, case.name, case.channels])
-
-
-def test_row_statistics_cover_every_tile() -> None:
-    """dkv and dbias load row statistics without a mask: their BLOCK_M divides that of dq."""
-    subsets = [
-        frozenset(),
-        *(frozenset({name}) for name in configs.DEMANDS),
-        frozenset(configs.DEMANDS),
-    ]
-    for family in ("sm_80", "sm_86", "sm_90", "sm_100", "interpreter"):
-        for channels in (16, 64, 80, 128, 256):
-            for size in (2, 4):
-                for rows in (1, 17, 33, 64, 65, 5000):
-                    for demands in subsets:
-                        arguments = (channels, size, rows, demands)
-                        dq = configs.configuration(family, "dq", *arguments)
-                        for kernel in ("dkv", "dbias"):
-                            other = configs.configuration(family, kernel, *arguments)
-                            assert dq.block_m % other.block_m == 0, (family, kernel, arguments)
 
 
 def test_device_families() -> None:

@@ -17,9 +17,10 @@ from hierkernels import dispatch
 from hierkernels.key_range import KeyRange, Staircase
 from hierkernels.ops.attention import reference, triton_configs
 from hierkernels.ops.attention import triton as backend
-from hierkernels.ops.attention.spec import Case, dtype_name
-from hierkernels.ops.attention.triton_launch import is_short
+from hierkernels.ops.attention.spec import CORRECTNESS, Case, dtype_name
+from hierkernels.ops.attention.triton_launch import is_short, plan_forward
 from hierkernels.testing import check_accuracy, compute, make_inputs, make_standard, poisoned_memory
+from hierkernels.triton_common.device import target_of
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -131,6 +132,41 @@ SHORT = (
     (_case("short-bnhd", 4, 2, 9, is_causal=True, layout="bnhd"), F32),
     (_case("short-packed-projection", 4, 4, 9, Hkv=2, layout="packed"), F32),
     (_case("short-scale-negative", 4, 2, 9, is_causal=True, scale=-0.5), F32),
+    (_case("short-d256", 2, 2, 9, D=256, is_causal=True), BF16),
+    # Every way in which a bias is broadcast, with its gradient; heads packed and not.
+    (_case("short-bias-bhqk", 3, 4, 9, Hkv=2, is_causal=True, bias="bhqk"), F32),
+    (_case("short-bias-bhqk-bf16", 5, 2, 9, is_causal=True, bias="bhqk"), BF16),
+    (_case("short-bias-hqk", 9, 2, 9, is_causal=True, bias="hqk"), F32),
+    (_case("short-bias-hqk-group-bf16", 7, 4, 9, Hkv=2, bias="hqk"), BF16),
+    (_case("short-bias-bqk-group", 3, 6, 5, Hkv=2, Nk=8, bias="bqk"), F32),
+    (_case("short-bias-qk", 5, 3, 8, bias="qk", lse_grad=True), F32),
+    (_case("short-bias-bk-group", 3, 4, 7, Hkv=2, is_causal=True, bias="bk"), F32),
+    (_case("short-bias-hk-group", 5, 4, 7, Hkv=2, bias="hk"), F32),
+    (_case("short-bias-k", 5, 2, 7, bias="k"), F32),
+    (_case("short-bias-bhq", 3, 2, 9, is_causal=True, bias="bhq", lse_grad=True), F32),
+    (_case("short-bias-h", 3, 2, 9, is_causal=True, bias="h"), F32),
+    (_case("short-mask-bhqk-group", 3, 4, 9, Hkv=2, mask="bhqk"), F32),
+    (_case("short-mask-hk", 3, 3, 9, mask="hk"), F32),
+    (_case("short-mask-bq", 3, 3, 9, mask="bq", mask_pattern="rows", lse_grad=True), F32),
+    (_case("short-padding-left", 5, 2, 9, padding="left", is_causal=True), BF16),
+    (_case("short-padding-empty", 4, 2, 12, padding="empty", lse_grad=True), F32),
+    (_case("short-dropout", 3, 2, 9, is_causal=True, dropout_p=0.3), F32),
+    (_case("short-dropout-group-bf16", 3, 4, 9, Hkv=2, dropout_p=0.5, bias="hqk"), BF16),
+    (_case("short-softcap", 3, 2, 9, is_causal=True, softcap=5.0, gain=4.0), F32),
+    (_case("short-window", 4, 2, 20, window=(5, 2)), F32),
+    (
+        _case(
+            "short-everything", 5, 4, 8, 24, Hkv=2, Nk=15, Dv=40, window=(9, 3), bias="hqk",
+            mask="bqk", padding="right", dropout_p=0.1, softcap=8.0, lse_grad=True, layout="bnhd",
+        ),
+        F32,
+    ),
+)  # fmt: skip
+
+# Those that all backends share, the types by turns.
+SHARED = tuple(
+    (case, (F32, BF16)[i % 2])
+    for i, case in enumerate(case for case in CORRECTNESS if "short" in case.name)
 )
 
 
@@ -148,14 +184,20 @@ def _check(case: Case, dtype: torch.dtype) -> None:
     check_accuracy(inputs, results)
 
 
+@pytest.fixture
+def long_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one sequence, however short it is."""
+    monkeypatch.setattr(triton_configs, "SHORT_ROWS", ())
+
+
+@pytest.mark.usefixtures("long_kernels")
 @pytest.mark.parametrize(("case", "dtype"), _parameters(PATTERNS + SHAPES + MODIFIERS))
 def test_long_kernels(case: Case, dtype: torch.dtype) -> None:
-    assert not is_short(make_inputs(case, dtype).call()) or 0 in (case.B, case.Nq, case.Nk)
     _check(case, dtype)
 
 
-@pytest.mark.parametrize(("case", "dtype"), _parameters(SHORT))
-def test_short_kernels(case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("case", "dtype"), _parameters(SHORT + SHARED))
+def test_several_sequences_in_a_tile(case: Case, dtype: torch.dtype) -> None:
     assert is_short(make_inputs(case, dtype).call())
     _check(case, dtype)
 
@@ -166,6 +208,29 @@ def test_loop_forms(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel, config in triton_configs.INTERPRETER.items():
         monkeypatch.setitem(triton_configs.INTERPRETER, kernel, replace(config, loop=loop))
     _check(_case("loop", N=100, window=(40, 3)), F32)
+
+
+@pytest.mark.parametrize("case", [
+    _case("causal", N=70, D=24, is_causal=True), _case("window", 1, 4, 66, Hkv=2, window=(20, 5)),
+    _case("packed", 2, 4, 30, Hkv=2, Nk=70, layout="bnhd", bias="hqk"),
+    _case("unaligned", D=18, is_causal=True, layout="unaligned"),
+], ids=str)  # fmt: skip
+def test_tensor_descriptors(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values fetched by descriptors; where their rows are not aligned, by pointers."""
+    config = replace(triton_configs.INTERPRETER["forward"], descriptors=True)
+    monkeypatch.setitem(triton_configs.INTERPRETER, "forward", config)
+    call = make_inputs(case, F32).call()
+    launch = plan_forward(call, target_of(call.q, True), *call.new_outputs())[0]
+    assert launch.arguments["DESCRIPTORS"] == (case.layout != "unaligned")
+    _check(case, F32)
+
+
+def test_row_statistics_of_any_two_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dK/dV reads whole tiles of the statistics that dQ leaves in smaller ones."""
+    for kernel, rows in (("dq", 16), ("dkv", 64)):
+        config = replace(triton_configs.INTERPRETER[kernel], block_m=rows)
+        monkeypatch.setitem(triton_configs.INTERPRETER, kernel, config)
+    _check(_case("statistics", N=70, is_causal=True), F32)
 
 
 def test_dropout_in_whole_periods(monkeypatch: pytest.MonkeyPatch) -> None:

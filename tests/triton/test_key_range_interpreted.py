@@ -142,7 +142,7 @@ def _dropout_kernel(
     """keep_ptr: (BLOCK_M, BLOCK_N) uint8."""
     i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     seed = tl.load(seed_ptr)
-    keep = dropout_keep(seed, i, head, batch, n0, threshold, BLOCK_M, BLOCK_N, KEYS_FIRST)
+    keep = dropout_keep(seed, i, head, batch, n0, n0 + j, threshold, BLOCK_M, BLOCK_N, KEYS_FIRST)
     if KEYS_FIRST:
         ptrs = keep_ptr + i[None, :] * BLOCK_N + j[:, None]
     else:

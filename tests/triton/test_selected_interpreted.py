@@ -174,8 +174,8 @@ def test_a_block_of_all_queries_is_split() -> None:
     launch, lists, _ = triton_launch.plan_lists(call)
     launch.run()
     inverse = triton_launch.inverse_of(call, target, lists)
-    assert inverse.chunk == 32
-    assert (inverse.item_block == 0).sum() == 3
+    assert inverse.items.chunk == 32
+    assert (inverse.items.item_block == 0).sum() == 3
     assert inverse.rows[: inverse.starts[1]].tolist() == list(range(90))
 
 

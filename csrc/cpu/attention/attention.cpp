@@ -1,5 +1,7 @@
 #include "attention.h"
 
+#include <omp.h>
+
 #include <cstring>
 
 #include "../isa.h"
@@ -14,12 +16,17 @@ struct Kernels {
 };
 
 #if defined(HIERKERNELS_X86)
+// Decoding with fewer key/value heads than threads: only the kernels of avx512 share the keys of a head among threads.
+bool shares_keys(const AttentionParams& p) {
+  return p.batch() * p.kv_heads() < omp_get_max_threads() && p.group() * p.n_queries() <= 16 && p.n_keys() >= 2048;
+}
+
 // Tiles of dot products work on 16 rows whether they are there or not. Measured on Zen 4: where few are, the kernels of
 // avx512 are up to twice as fast.
 Kernels kernels_of_dot_products(const AttentionParams& p) {
   const int64_t rows = p.group() * p.n_queries(), unused = (16 - rows % 16) % 16;
   const bool few = rows < 48 && p.n_keys() < 48;
-  const bool forward = rows >= 8 && !(few && (rows == 8 || unused >= 12));
+  const bool forward = rows >= 8 && !shares_keys(p) && !(few && (rows == 8 || unused >= 12));
   const bool backward = rows >= 16 && !few;
   return {forward ? avx512bf16::attention_forward : avx512::attention_forward,
           backward ? avx512bf16::attention_backward : avx512::attention_backward};
@@ -30,7 +37,8 @@ Kernels kernels_for(const AttentionParams& p) {
 #if defined(HIERKERNELS_X86)
   switch (active_isa()) {
     case Isa::kAmx:
-      if (p.q.dtype == DType::kBFloat16) return {amx::attention_forward, amx::attention_backward};
+      if (p.q.dtype == DType::kBFloat16)
+        return {shares_keys(p) ? avx512::attention_forward : amx::attention_forward, amx::attention_backward};
       return {avx512::attention_forward, avx512::attention_backward};
     case Isa::kAvx512Bf16:
       if (p.q.dtype == DType::kBFloat16) return kernels_of_dot_products(p);
@@ -50,10 +58,14 @@ Kernels kernels_for(const AttentionParams& p) {
 
 void attention_forward(const AttentionParams& p) { kernels_for(p).forward(p); }
 void attention_backward(const AttentionParams& p) {
-  if (p.dbias) {  // kernels add to it
-    const size_t bytes = static_cast<size_t>(p.dbias.span_bytes());
-    advise_huge_pages(p.dbias.data, bytes);
-    std::memset(p.dbias.data, 0, bytes);
+  if (p.dbias) {
+    const int64_t bytes = p.dbias.span_bytes(), chunk = int64_t{1} << 20;
+    advise_huge_pages(p.dbias.data, static_cast<size_t>(bytes));
+    if (!p.bias_of_pairs()) {  // kernels add to it
+#pragma omp parallel for schedule(static) if (bytes > chunk)
+      for (int64_t at = 0; at < bytes; at += chunk)
+        std::memset(static_cast<char*>(p.dbias.data) + at, 0, static_cast<size_t>(bytes - at < chunk ? bytes - at : chunk));
+    }
   }
   kernels_for(p).backward(p);
 }

@@ -50,7 +50,6 @@ class Backward {
     lse_low_at_ = part(dq_rows_);
     delta_at_ = part(dq_rows_);
     keep_at_ = part(kTileKeys);
-    largest_at_ = part(kTileRows);
     slope_at_ = part(p.softcap ? shape_.rows * shape_.stride : 0);
     additive_at_ = part(TileModifiers<F>::additive_rows(p) * kMostTileKeys);
     dq_at_ = part(plan_.splits > 1 ? 0 : dq_size());
@@ -116,14 +115,7 @@ class Backward {
           delta(at(scratch, f.delta_at_)),
           dq(at(scratch, f.dq_at_)),
           modifiers(f.p_, at(scratch, f.additive_at_)),
-          rows{nullptr,
-               nullptr,
-               nullptr,
-               nullptr,
-               static_cast<F>(f.p_.scale),
-               at(scratch, f.keep_at_),
-               at(scratch, f.largest_at_),
-               at(scratch, f.slope_at_)} {}
+          rows{nullptr, nullptr, nullptr, static_cast<F>(f.p_.scale), at(scratch, f.keep_at_), at(scratch, f.slope_at_)} {}
     static F* at(char* scratch, size_t offset) { return reinterpret_cast<F*>(scratch + offset); }
   };
 
@@ -146,38 +138,53 @@ class Backward {
       prepare_rows(t, 0, blocks_.rows, w.lse, w.lse_low, w.delta);
       memset(dq, 0, static_cast<size_t>(dq_size()) * sizeof(F));
     }
-    for (int64_t tile = t.split; tile < key_tiles_; tile += plan_.splits) key_tile(w, t, tile, dq, dbias);
+    if (p_.dbias && p_.bias_of_pairs() && t.split == 0) {
+      const TileBiasGradient<F> bias = bias_gradient(t, dbias);
+      for (int64_t g = 0; g < p_.group(); ++g)
+        for (int64_t i = 0; i < p_.n_queries(); ++i)
+          bias.clear_unseen(g, i, p_.range.lo.at(i, p_.n_keys()), p_.range.hi.at(i, p_.n_keys()), p_.n_keys());
+    }
+    for (int64_t round = 0; round * plan_.splits < key_tiles_; ++round)
+      if (const int64_t tile = plan_.tile(t.split, round); tile < key_tiles_) key_tile(w, t, tile, dq, dbias);
     if (!whole_ && plan_.splits == 1) store_dq(t, 0, blocks_.rows, dq);
   }
 
-  // lse + lse_low (base 2; +inf for a row that sees nothing) and delta of rows first .. first + n; if the tiles hold all keys,
-  // only -dlse, as delta.
+  // lse + lse_low (base 2; +inf for a row that sees nothing) and delta of rows first .. first + n; if the tiles hold
+  // all keys, delta is -dlse alone.
   void prepare_rows(const BackwardTask& t, int64_t first, int64_t n, F* lse, F* lse_low, F* delta) const {
     const int64_t group = p_.group(), queries = p_.n_queries();
     const int64_t heads_at = (t.b * p_.heads() + t.kv_head * group) * queries;
-    if (!whole_) {
+    const F* const dlse = p_.dlse ? p_.dlse.as<F>() + heads_at : nullptr;
+    if (whole_) {
+      memset(delta, 0, static_cast<size_t>(n) * sizeof(F));
+    } else {
       const Rows out = rows_of(p_.out, storage_, t.b, t.kv_head, group);
       const Rows dout = rows_of(p_.dout, storage_, t.b, t.kv_head, group);
       storage_.dot(out, dout, first, static_cast<int>(n), shape_.dim_v, delta);
     }
+    const F* x = p_.lse.as<F>() + heads_at + first;
+    if (group == 1) {
+      for (int64_t r = 0; dlse && r < n; ++r) delta[r] -= dlse[first + r];
+    } else {
+      int64_t i = first / group, g = first % group;
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t at = g * queries + i;
+        lse[r] = p_.lse.as<F>()[heads_at + at];
+        if (dlse) delta[r] -= dlse[at];
+        if (++g == group) {
+          g = 0;
+          ++i;
+        }
+      }
+      x = lse;
+    }
     const F infinite = static_cast<F>(__builtin_inff());
-    int64_t i = first / group, g = first % group;
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t at = heads_at + g * queries + i;
-      const F gradient = p_.dlse ? p_.dlse.as<F>()[at] : F(0);
-      if (whole_) {
-        delta[r] = gradient;
-      } else {
-        const F x = p_.lse.as<F>()[at];
-        lse[r] = infinite;
-        lse_low[r] = F(0);
-        if (x != -infinite) split_lse(x, lse[r], lse_low[r]);
-        delta[r] -= gradient;
-      }
-      if (++g == group) {
-        g = 0;
-        ++i;
-      }
+    for (int64_t r = 0; r < n; ++r) {  // without branches: vectorised
+      F high, low;
+      split_lse(x[r], high, low);
+      const bool none = x[r] == -infinite;
+      lse[r] = none ? infinite : high;
+      lse_low[r] = none ? F(0) : low;
     }
   }
 
@@ -231,12 +238,7 @@ class Backward {
         operand(q_in_place_, q_rows, q_rows.uniform_stride(queries), first, tile.n, shape_.dim, shape_.padded, w.q);
     const Operand dout = operand(dout_in_place_, dout_rows, dout_rows.uniform_stride(queries), first, tile.n,
                                  shape_.dim_v, shape_.padded_v, w.dout);
-    TileBiasGradient<F> bias;
-    if (p_.dbias) {
-      const Tensor& g = p_.dbias;
-      bias = {dbias + t.b * g.stride[0] + t.kv_head * group * g.stride[1], g.stride[1], g.stride[2], g.stride[3],
-              BiasSlots::from(p_)};
-    }
+    const TileBiasGradient<F> bias = bias_gradient(t, dbias);
 
     const int64_t stride = shape_.stride;
     multiply_scores(tile, q.data, q.stride, w.k_panels, shape_.panel, shape_.dim, w.scores, stride,
@@ -245,7 +247,9 @@ class Backward {
                     w.next, [&](int r, int from, int to) { bias.prefetch(tile, r, from, to); });
     if (whole_) {
       prepare_rows(t, first, tile.n, w.lse, w.lse_low, w.delta);
-      w.rows.dlse = w.delta;
+      w.rows.lse = w.lse;
+      w.rows.lse_low = w.lse_low;
+      w.rows.delta = w.delta;
       gradient_tile<true>(tile, w.modifiers, w.rows, bias, w.scores, w.dp, stride);
     } else {
       w.rows.lse = w.lse + first;
@@ -262,6 +266,13 @@ class Backward {
     }
     multiply_rows(tile, w.dp, stride, k.data, k.stride, shape_.dim, dq_target, w.next);
     if (whole_ && !dq_in_place_) store_dq(t, first, tile.n, dq);
+  }
+
+  TileBiasGradient<F> bias_gradient(const BackwardTask& t, F* dbias) const {
+    const Tensor& g = p_.dbias;
+    if (!g) return {};
+    F* data = dbias + t.b * g.stride[0] + t.kv_head * p_.group() * g.stride[1];
+    return {data, g.stride[1], g.stride[2], g.stride[3], BiasSlots::from(p_), p_.bias_of_pairs()};
   }
 
   Operand operand(bool in_place, const Rows& rows, int64_t stride, int64_t first, int n, int dim, int padded,
@@ -306,7 +317,7 @@ class Backward {
   F* bias_copies_ = nullptr;
   ScratchLayout layout_;
   size_t tile_at_, scores_at_, dp_at_, k_panels_at_, v_panels_at_, k_at_, q_at_, dout_at_, dk_at_, dv_at_, lse_at_, lse_low_at_,
-      delta_at_, keep_at_, largest_at_, slope_at_, additive_at_, dq_at_;
+      delta_at_, keep_at_, slope_at_, additive_at_, dq_at_;
 };
 
 }  // namespace

@@ -71,7 +71,7 @@ struct Backward {
         stream_dk(worth_streaming(params.dk)),
         stream_dv(worth_streaming(params.dv)) {
     // Fewer heads than threads: split the rows of each. Later rows see more keys, so a split takes every
-    // splits-th segment; a bias gradient that is shared between rows must not be split.
+    // splits-th segment, to and fro; a bias gradient that is shared between rows must not be split.
     const int64_t heads = B * Hkv;
     const int64_t padded = (rows + 31) & ~int64_t{31};
     splits = heads >= threads || heads == 0 || p.dbias ? 1 : (threads + heads - 1) / heads;
@@ -244,6 +244,9 @@ struct Task {
                                (f.p.dlse ? f.p.dlse.as<float>()[line] : 0.f);
       next.ask(f.steps);
     }
+    if (f.p.dbias)
+      for (int r = 0; r < count; ++r)
+        dbias.begin_row(dbias_sums, b, head(row0 + r), query(row0 + r), m.lo[r], m.hi[r]);
     for (int r = count; r < padded; ++r) {
       m.lo[r] = m.lo[count - 1];
       m.hi[r] = m.hi[count - 1];
@@ -405,15 +408,21 @@ struct Task {
     }
   }
 
-  // sum (32 keys x 32 n channels, tiles [step][row half][column half]) += A^T-like strip * B over rows [t0, t1).
-  static HK_INLINE void reduce(const bf16* a, const bf16* pack, int steps, int key_halves, int t0, int t1, float* sum,
+  // sum (32 keys x dim channels, tiles [step][row half][column half]) += A^T-like strip * B over rows [t0, t1).
+  static HK_INLINE void reduce(const bf16* a, const bf16* pack, int dim, int key_halves, int t0, int t1, float* sum,
                                bool first) {
+    const int steps = (dim + 31) / 32;
     const int64_t row_tile = 2 * steps * kTile;
     for (int s = 0; s < steps; ++s) {
       const TileGrid c{sum + s * 4 * kTileC, 16, 2 * kTileC, kTileC};
       const bf16* b = pack + t0 * row_tile + 2 * s * kTile;
-      if (key_halves == 2)
+      const bool narrow = dim - 32 * s <= 16;  // the second half of the channels is never stored
+      if (key_halves == 2 && narrow)
+        accumulate<2, 1>(c, first, a + t0 * 32, kProbStride, 16 * kProbStride, 32, b, kTile, row_tile, t1 - t0);
+      else if (key_halves == 2)
         accumulate<2, 2>(c, first, a + t0 * 32, kProbStride, 16 * kProbStride, 32, b, kTile, row_tile, t1 - t0);
+      else if (narrow)
+        accumulate<1, 1>(c, first, a + t0 * 32, kProbStride, 16 * kProbStride, 32, b, kTile, row_tile, t1 - t0);
       else
         accumulate<1, 2>(c, first, a + t0 * 32, kProbStride, 16 * kProbStride, 32, b, kTile, row_tile, t1 - t0);
     }
@@ -460,16 +469,20 @@ struct Task {
       const int64_t at = key / 32 % f.ring;
       const bool first = !m.dk_begun[at];
       m.dk_begun[at] = 1;
-      reduce(m.prob, g_n, f.v_steps, key_halves, t0, t1, dv + at * f.v_steps * 1024, first);
-      reduce(m.ds, q_n, f.steps, key_halves, t0, t1, dk + at * f.steps * 1024, first);
+      reduce(m.prob, g_n, f.Dv, key_halves, t0, t1, dv + at * f.v_steps * 1024, first);
+      reduce(m.ds, q_n, f.D, key_halves, t0, t1, dk + at * f.steps * 1024, first);
     }
     for (int t = 0; t < tiles; ++t) {
       if (begin[t] >= end[t]) continue;
       const int64_t at = row / 32 + t, strip_tiles = 2 * f.steps * kTile;
-      for (int s = 0; s < f.steps; ++s)
-        accumulate<2, 2>({m.dq + at * f.steps * 1024 + s * 4 * kTileC, 16, 2 * kTileC, kTileC}, !m.dq_begun[at],
-                         m.k_t + begin[t] * strip_tiles + 2 * s * kTile, 32, kTile, strip_tiles,
-                         m.pairs + (t * 2 * kTiles + begin[t]) * kTile, kTiles * kTile, kTile, end[t] - begin[t]);
+      for (int s = 0; s < f.steps; ++s) {
+        const TileGrid c{m.dq + at * f.steps * 1024 + s * 4 * kTileC, 16, 2 * kTileC, kTileC};
+        const bf16 *a = m.k_t + begin[t] * strip_tiles + 2 * s * kTile, *pairs = m.pairs + (t * 2 * kTiles + begin[t]) * kTile;
+        if (f.D - 32 * s <= 16)
+          accumulate<1, 2>(c, !m.dq_begun[at], a, 32, kTile, strip_tiles, pairs, kTiles * kTile, kTile, end[t] - begin[t]);
+        else
+          accumulate<2, 2>(c, !m.dq_begun[at], a, 32, kTile, strip_tiles, pairs, kTiles * kTile, kTile, end[t] - begin[t]);
+      }
       m.dq_begun[at] = 1;
     }
   }
@@ -497,7 +510,10 @@ struct Task {
     std::memset(m.dk_begun, 0, f.ring);
     const int64_t strips = f.keys / 32;
     int64_t stored = 0;
-    for (int64_t row0 = split * f.segment; row0 < f.rows; row0 += f.splits * f.segment) {
+    for (int64_t round = 0; round * f.splits * f.segment < f.rows; ++round) {
+      // To and fro: with a causal range the last segments see most keys.
+      const int64_t row0 = (round * f.splits + (round % 2 ? f.splits - 1 - split : split)) * f.segment;
+      if (row0 >= f.rows) continue;
       const int count = static_cast<int>(f.rows - row0 < f.segment ? f.rows - row0 : f.segment);
       load_segment(row0, count);
       if (f.splits == 1) store_keys(stored, m.lo[0] / 32);

@@ -22,6 +22,10 @@ struct BackwardPlan {
   int64_t families, members, chunks;
 
   int64_t pairs() const { return batch * kv_heads; }
+  // The tile of keys that a split takes in a round, to and fro: with a causal range the first tiles have most rows.
+  int64_t tile(int64_t split, int64_t round) const {
+    return round * splits + (round % 2 ? splits - 1 - split : split);
+  }
   int64_t units() const { return families * chunks; }
   int64_t first_member(int64_t chunk) const { return members * chunk / chunks; }
 

@@ -1,4 +1,5 @@
-// The forward kernel: blocks of packed rows, tiles of keys, online softmax in base 2.
+// The forward kernel: blocks of packed rows, tiles of keys, online softmax in base 2. Where there are fewer blocks than
+// threads, the keys of each are cut into parts, whose sums are merged.
 #pragma once
 #include <new>
 
@@ -21,6 +22,8 @@ class Forward {
     v_in_place_ = storage.native && shape_.dim_v == shape_.padded_v;
     out_in_place_ = v_in_place_ && rows_of(p.out, storage, 0, 0, p.group()).uniform_stride(p.n_queries()) != 0;
 
+    splits_ = splits_of_keys(p);
+
     const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
     tile_at_ = layout_.add(sizeof(TileRows));
     const int64_t keys = round_up(shape_.keys, shape_.panel);
@@ -37,21 +40,33 @@ class Forward {
   void run() {
     const int64_t blocks = blocks_.count(), tasks = p_.batch() * p_.kv_heads() * blocks;
     if (tasks == 0) return;
+    if (splits_ > 1) return run_split(tasks);
     const int at_once = tasks_at_once(tasks);
 #pragma omp parallel
     {
       Work w(*this, thread_scratch(ScratchUse::kTask, layout_.total()));
       // The heads in turn, the last (with a causal range: the longest) block of rows first.
 #pragma omp for schedule(dynamic, at_once)
-      for (int64_t t = 0; t < tasks; ++t) block(w, t / blocks, blocks - 1 - t % blocks);
+      for (int64_t t = 0; t < tasks; ++t) block(w, t / blocks, blocks - 1 - t % blocks, nullptr);
       stream_fence();
     }
+  }
+
+  // How many parts the keys are cut into: several where there are fewer tasks than threads, as in decoding.
+  static int64_t splits_of_keys(const AttentionParams& p) {
+    constexpr int64_t kLeastKeys = 4 * kTileKeys;  // of a part
+    const int64_t tasks = p.batch() * p.kv_heads() * RowBlocks{p.n_queries() * p.group(), forward_rows(p)}.count();
+    const int64_t threads = omp_get_max_threads();
+    if (tasks == 0 || tasks >= threads) return 1;
+    const int64_t wanted = (threads + tasks - 1) / tasks, most = p.n_keys() / kLeastKeys;
+    return most < 1 ? 1 : wanted < most ? wanted : most;
   }
 
  private:
   // What a thread works with.
   struct Work {
     TileRows& tile;
+    int64_t split = 0;  // the part of the keys
     F *scores, *out, *k, *v, *q, *keep, *inverse;
     SoftmaxRows<F> rows;
     TileModifiers<F> modifiers;
@@ -71,7 +86,72 @@ class Forward {
   };
   F* at(char* scratch, size_t offset) const { return reinterpret_cast<F*>(scratch + offset); }
 
-  void block(Work& w, int64_t sequence, int64_t block_index) const {
+  // What a part of the keys leaves of a block of rows: sums relative to the largest score of each row.
+  struct Part {
+    F *out, *max, *sum;
+  };
+  int64_t part_size() const { return shape_.rows * shape_.padded_v + 2 * round_up(shape_.rows, kWidth<F>); }
+  Part part_at(F* parts, int64_t index) const {
+    F* out = parts + index * part_size();
+    F* max = out + shape_.rows * shape_.padded_v;
+    return {out, max, max + round_up(shape_.rows, kWidth<F>)};
+  }
+
+  // Every task cut into parts of its keys, which are merged in order: the result does not depend on who computed them.
+  void run_split(int64_t tasks) const {
+    const int64_t blocks = blocks_.count();
+    F* parts = reinterpret_cast<F*>(
+        thread_scratch(ScratchUse::kShared, static_cast<size_t>(tasks * splits_ * part_size()) * sizeof(F)));
+#pragma omp parallel
+    {
+      Work w(*this, thread_scratch(ScratchUse::kTask, layout_.total()));
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < tasks * splits_; ++t) {
+        const Part part = part_at(parts, t);
+        w.split = t % splits_;
+        block(w, t / splits_ / blocks, t / splits_ % blocks, &part);
+      }
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < tasks; ++t) merge(w, t / blocks, t % blocks, parts, t * splits_);
+      stream_fence();
+    }
+  }
+
+  // The sums of the parts, relative to the largest score of all.
+  void merge(Work& w, int64_t sequence, int64_t block_index, F* parts, int64_t first_part) const {
+    TileRows& tile = w.tile;
+    tile.set_rows(p_.range, blocks_.first(block_index), blocks_.rows_of(block_index), p_.group(), p_.n_keys());
+    const F hidden = -static_cast<F>(__builtin_inff());
+    for (int r = 0; r < tile.n; r += kWidth<F>) {
+      Vec<F> most = set1(hidden), sum = zero<F>();
+      for (int64_t s = 0; s < splits_; ++s) most = max(most, load(part_at(parts, first_part + s).max + r));
+      const Vec<F> origin = select(most == hidden, zero<F>(), most);
+      for (int64_t s = 0; s < splits_; ++s) {
+        const Part part = part_at(parts, first_part + s);
+        const Vec<F> factor = exp2(load(part.max + r) - origin);
+        sum = fma(factor, load(part.sum + r), sum);
+        store(part.max + r, factor);
+      }
+      store(w.rows.max + r, most);
+      store(w.rows.sum + r, sum);
+    }
+    for (int r = 0; r < tile.n; ++r)
+      for (int c = 0; c < shape_.padded_v; c += kWidth<F>) {
+        const int64_t at = r * shape_.padded_v + c;
+        Vec<F> sum = zero<F>();
+        for (int64_t s = 0; s < splits_; ++s) {
+          const Part part = part_at(parts, first_part + s);
+          sum = fma(set1(part.max[r]), load(part.out + at), sum);
+        }
+        store(w.out + at, sum);
+      }
+    invert_sums(w);
+    store_out(w, sequence / p_.kv_heads(), sequence % p_.kv_heads());
+    store_lse(w, sequence / p_.kv_heads(), sequence % p_.kv_heads());
+  }
+
+  // With a part: the sums of the keys that belong to it; else the results.
+  void block(Work& w, int64_t sequence, int64_t block_index, const Part* part) const {
     const int64_t b = sequence / p_.kv_heads(), kv_head = sequence % p_.kv_heads(), group = p_.group();
     const int64_t first = blocks_.first(block_index);
     const Rows q_rows = rows_of(p_.q, storage_, b, kv_head, group);
@@ -93,12 +173,22 @@ class Forward {
     }
 
     w.next.aim(p_, {&p_.k, &p_.q, &p_.v}, b, kv_head);
-    const int64_t all_keys = tile.keys_end - tile.keys_begin;
+    int64_t keys_begin = tile.keys_begin, keys_end = tile.keys_end;
+    if (part) {
+      const auto cut = [&](int64_t s) {
+        return s == splits_ ? tile.keys_end
+                            : keys_begin + (tile.keys_end - keys_begin) * s / splits_ / kKeyAlignment * kKeyAlignment;
+      };
+      keys_end = cut(w.split + 1);
+      keys_begin = cut(w.split);
+    }
+    F* const sums = part ? part->out : w.out;
+    const int64_t all_keys = keys_end - keys_begin;
     const int most_keys = all_keys <= kMostTileKeys ? kMostTileKeys : kTileKeys;
-    const bool direct = out_in_place_ && all_keys > 0 && all_keys <= kMostTileKeys;
+    const bool direct = !part && out_in_place_ && all_keys > 0 && all_keys <= kMostTileKeys;
     Update update = Update::kStore;
-    for (int64_t key = tile.keys_begin; key < tile.keys_end; key += most_keys) {
-      const int64_t left = tile.keys_end - key;
+    for (int64_t key = keys_begin; key < keys_end; key += most_keys) {
+      const int64_t left = keys_end - key;
       const int keys = left < most_keys ? static_cast<int>(left) : most_keys;
       tile.set_keys(key, keys);
       w.modifiers.set_tile(b, kv_head, tile);
@@ -114,7 +204,7 @@ class Forward {
       multiply_scores(tile, q, q_stride, w.k, shape_.panel, shape_.dim, w.scores, shape_.stride, w.next,
                       [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
       softmax_tile(tile, w.modifiers, w.scores, shape_.stride, w.keep, w.rows);
-      Target<F> out = {w.out, shape_.padded_v, update, w.rows.rescale};
+      Target<F> out = {sums, shape_.padded_v, update, w.rows.rescale};
       if (direct) {
         invert_sums(w);
         const Rows rows = rows_of(p_.out, storage_, b, kv_head, group);
@@ -124,13 +214,29 @@ class Forward {
       update = Update::kRescale;
     }
     w.next.ask_rest();
-    if (!direct) {
-      if (update == Update::kStore) clear(w.out, 0, tile.n * shape_.padded_v);
-      invert_sums(w);
-      storage_.store(rows_of(p_.out, storage_, b, kv_head, group), tile.first, tile.n, shape_.dim_v, w.out,
-                     shape_.padded_v, w.inverse, 1, is_large(p_.out, storage_.bytes));
+    if (!direct && update == Update::kStore) clear(sums, 0, tile.n * shape_.padded_v);
+    if (part) {
+      for (int r = 0; r < tile.n; r += kWidth<F>) {
+        store(part->max + r, load(w.rows.max + r));
+        store(part->sum + r, load(w.rows.sum + r));
+      }
+      return;
     }
-    F* lse = p_.lse.as<F>() + (b * p_.heads() + kv_head * group) * p_.n_queries();
+    if (!direct) {
+      invert_sums(w);
+      store_out(w, b, kv_head);
+    }
+    store_lse(w, b, kv_head);
+  }
+
+  void store_out(const Work& w, int64_t b, int64_t kv_head) const {
+    storage_.store(rows_of(p_.out, storage_, b, kv_head, p_.group()), w.tile.first, w.tile.n, shape_.dim_v, w.out,
+                   shape_.padded_v, w.inverse, 1, is_large(p_.out, storage_.bytes));
+  }
+
+  void store_lse(const Work& w, int64_t b, int64_t kv_head) const {
+    const TileRows& tile = w.tile;
+    F* lse = p_.lse.as<F>() + (b * p_.heads() + kv_head * p_.group()) * p_.n_queries();
     for (int r = 0; r < tile.n; ++r)
       lse[tile.head[r] * p_.n_queries() + tile.query[r]] = natural_lse(w.rows.max[r], w.rows.sum[r]);
   }
@@ -150,6 +256,7 @@ class Forward {
   KernelShape<F> shape_;
   RowBlocks blocks_;
   bool q_in_place_, v_in_place_, out_in_place_;
+  int64_t splits_;  // of the keys of a task
   ScratchLayout layout_;
   size_t tile_at_, scores_at_, out_at_, k_at_, v_at_, q_at_, rows_at_, keep_at_, additive_at_;
 };

@@ -180,8 +180,55 @@ struct Task {
       _mm512_store_ps(o + d, _mm512_mul_ps(shrink, _mm512_load_ps(o + d)));
   }
 
+  // Scaled scores with the bias (of type T; none if null) of the keys [at, ...), hidden where a byte of `a` or `b` is 0.
+  template <class T>
+  void modify_direct(int n, float scale, const T* bias, const uint8_t* a, const uint8_t* b, int64_t keys, float* s) const {
+    const __m512 inner = _mm512_set1_ps(scale), log2e = _mm512_set1_ps(kLog2ef), hidden = _mm512_set1_ps(-INFINITY);
+    for (int j = 0; j < n; j += 16) {
+      const __mmask16 valid = first_lanes16(keys - j);
+      __m512 x = _mm512_mul_ps(_mm512_load_ps(s + j), inner);
+      if (bias) {
+        if constexpr (sizeof(T) == 4)
+          x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(valid, bias + j), log2e, x);
+        else
+          x = _mm512_fmadd_ps(from_bf16(_mm256_maskz_loadu_epi16(valid, bias + j)), log2e, x);
+      }
+      __mmask16 see = 0xffff;
+      if (a) {
+        const __m128i bytes = _mm_maskz_loadu_epi8(valid, a + j);
+        see = _mm_test_epi8_mask(bytes, bytes);
+      }
+      if (b) {
+        const __m128i bytes = _mm_maskz_loadu_epi8(valid, b + j);
+        see &= _mm_test_epi8_mask(bytes, bytes);
+      }
+      _mm512_store_ps(s + j, _mm512_mask_mov_ps(hidden, see, x));
+    }
+  }
+
+  // modify_row where bias, mask and padding can be read as they lie; false if they cannot.
+  bool modify_directly(int r, int64_t j0, int from, int to, float* s) const {
+    const ScoreModifiers& mod = f.modifiers;
+    const Tensor &bias = mod.bias, &mask = mod.mask, &padding = mod.padding;
+    const bool wide = bias && bias.dtype == DType::kFloat32;
+    if (f.p.softcap != 0 || mod.slots || (bias && (bias.stride[3] != 1 || !(wide || bias.dtype == DType::kBFloat16))) ||
+        (mask && mask.stride[3] != 1) || (padding && padding.stride[1] != 1))
+      return false;
+    const int64_t hq = head(r), i = query(r), key = j0 + from;
+    const auto place = [&](const Tensor& t) { return b * t.stride[0] + hq * t.stride[1] + i * t.stride[2] + key; };
+    const uint8_t* seen = mask ? mask.as<uint8_t>() + place(mask) : nullptr;
+    const uint8_t* real = padding ? padding.as<uint8_t>() + b * padding.stride[0] + key : nullptr;
+    const float scale = f.scale * kLog2ef;
+    if (wide)
+      modify_direct(to - from, scale, bias.as<float>() + place(bias), seen, real, f.Nk - key, s + from);
+    else
+      modify_direct(to - from, scale, bias ? bias.as<bf16>() + place(bias) : nullptr, seen, real, f.Nk - key, s + from);
+    return true;
+  }
+
   // Scores of row r for the keys [j0 + from, j0 + to): scaled, capped, in base 2, with what is added.
   void modify_row(int r, int64_t j0, int from, int to, float* s) const {
+    if (f.modifiers.additive && !f.shared_row && modify_directly(r, j0, from, to, s)) return;
     const float* add = m.add;  // at key j0
     if (f.modifiers.additive && !f.shared_row) {
       const int64_t n = f.Nk - j0 < to ? f.Nk - j0 : to;

@@ -12,44 +12,48 @@ namespace {
 // 16 x 4 random words for the counters (first + lane, query, head, batch): words[w * 16 + lane].
 inline void philox_words(uint64_t seed, uint32_t first, uint32_t query, uint32_t head, uint32_t batch,
                          uint32_t words[64]) {
+  // Two 32-bit lanes in 64 bits, those with even and those with odd numbers apart, since a product of 32-bit numbers takes
+  // 64. The products read the low half alone, so the high half of a word may hold anything.
   using U = Simd<float>::U;
   constexpr int W = kWidth<float>;
-  struct Product {
-    U low, high;
-  };
-  const auto multiply = [](U x, uint32_t m) {
-    typedef uint64_t U64 __attribute__((vector_size(kVectorBytes)));
-    const U64 pairs = bit_cast<U64>(x), factor = U64{} + m;
+  typedef uint64_t U64 __attribute__((vector_size(kVectorBytes)));
+  const auto multiply = [](U64 x, uint32_t m) {
+    const U64 factor = U64{} + m;
 #if defined(__AVX512F__)
-    const U64 even = bit_cast<U64>(_mm512_mul_epu32(bit_cast<__m512i>(pairs), bit_cast<__m512i>(factor)));
-    const U64 odd = bit_cast<U64>(_mm512_mul_epu32(bit_cast<__m512i>(pairs >> 32), bit_cast<__m512i>(factor)));
+    return bit_cast<U64>(_mm512_mul_epu32(bit_cast<__m512i>(x), bit_cast<__m512i>(factor)));
 #elif defined(__AVX2__)
-    const U64 even = bit_cast<U64>(_mm256_mul_epu32(bit_cast<__m256i>(pairs), bit_cast<__m256i>(factor)));
-    const U64 odd = bit_cast<U64>(_mm256_mul_epu32(bit_cast<__m256i>(pairs >> 32), bit_cast<__m256i>(factor)));
+    return bit_cast<U64>(_mm256_mul_epu32(bit_cast<__m256i>(x), bit_cast<__m256i>(factor)));
 #elif defined(__x86_64__)
-    const U64 even = bit_cast<U64>(_mm_mul_epu32(bit_cast<__m128i>(pairs), bit_cast<__m128i>(factor)));
-    const U64 odd = bit_cast<U64>(_mm_mul_epu32(bit_cast<__m128i>(pairs >> 32), bit_cast<__m128i>(factor)));
+    return bit_cast<U64>(_mm_mul_epu32(bit_cast<__m128i>(x), bit_cast<__m128i>(factor)));
 #else
-    const U64 even = (pairs & 0xffffffffu) * factor, odd = (pairs >> 32) * factor;
+    return (x & 0xffffffffu) * factor;
 #endif
-    const U64 low_half = U64{} + 0xffffffffu;
-    return Product{bit_cast<U>((even & low_half) | (odd << 32)), bit_cast<U>((even >> 32) | (odd & ~low_half))};
   };
   for (int lane = 0; lane < 16; lane += W) {
-    U c0 = bit_cast<U>(lanes<float>()) + (first + static_cast<uint32_t>(lane));
-    U c1 = U{} + query, c2 = U{} + head, c3 = U{} + batch;
+    const U64 counter = bit_cast<U64>(bit_cast<U>(lanes<float>()) + (first + static_cast<uint32_t>(lane)));
+    U64 c[2][4];
+    for (int odd = 0; odd < 2; ++odd) {
+      c[odd][0] = odd ? counter >> 32 : counter;
+      c[odd][1] = U64{} + query;
+      c[odd][2] = U64{} + head;
+      c[odd][3] = U64{} + batch;
+    }
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
-      const Product a = multiply(c0, kPhiloxM0), b = multiply(c2, kPhiloxM1);
-      c0 = b.high ^ c1 ^ k0;
-      c1 = b.low;
-      c2 = a.high ^ c3 ^ k1;
-      c3 = a.low;
+      for (int odd = 0; odd < 2; ++odd) {
+        const U64 a = multiply(c[odd][0], kPhiloxM0), b = multiply(c[odd][2], kPhiloxM1);
+        c[odd][0] = (b >> 32) ^ c[odd][1] ^ (U64{} + k0);
+        c[odd][1] = b;
+        c[odd][2] = (a >> 32) ^ c[odd][3] ^ (U64{} + k1);
+        c[odd][3] = a;
+      }
       k0 += kPhiloxW0;
       k1 += kPhiloxW1;
     }
-    const U result[4] = {c0, c1, c2, c3};
-    for (int w = 0; w < 4; ++w) __builtin_memcpy(words + w * 16 + lane, &result[w], sizeof(U));
+    for (int w = 0; w < 4; ++w) {
+      const U64 word = (c[0][w] & (U64{} + 0xffffffffu)) | (c[1][w] << 32);
+      __builtin_memcpy(words + w * 16 + lane, &word, sizeof word);
+    }
   }
 }
 

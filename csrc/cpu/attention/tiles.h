@@ -116,21 +116,35 @@ template <class F, class Prefetch>
 void multiply_scores(const TileRows& tile, const F* a, int64_t a_stride, const F* panels, int panel, int dim, F* scores,
                      int64_t stride, NextInputs& next, Prefetch prefetch) {
   constexpr int W = kWidth<F>;
-  const int vectors = (tile.n_keys + W - 1) / W;
-  const int most_rows = kMaxRows[vectors < kMaxColumns ? vectors : kMaxColumns];
-  for (int begin = 0; begin < tile.n_keys; begin += panel)
-    for_each_part(tile.n, most_rows, [&](int r, int rows) {
-      const Span keys = tile.touched(r, rows);
-      int from = keys.begin / W * W, to = (keys.end + W - 1) / W * W;
-      if (from < begin) from = begin;
-      if (to > begin + panel) to = begin + panel;
-      if (from >= to) return;
+  for (int begin = 0; begin < tile.n_keys; begin += panel) {
+    const auto first = [&](int key) { return key / W * W < begin ? begin : key / W * W; };
+    const auto last = [&](int key) { return round_up(key, W) > begin + panel ? begin + panel : round_up(key, W); };
+    for (int r = 0, rows; r < tile.n; r += rows) {
+      int from = first(tile.from[r]), to = last(tile.to[r]);
+      if (from >= to) {
+        rows = 1;
+        continue;
+      }
+      // Rows that touch the same vectors, cut evenly; or, where an edge moves faster, a few that touch more.
+      constexpr int kFewRows = 4;
+      int columns = (to - from) / W;
+      const int most = kMaxRows[columns];
+      for (rows = 1; rows < 2 * most && r + rows < tile.n; ++rows)
+        if (first(tile.from[r + rows]) != from || last(tile.to[r + rows]) != to) break;
+      rows = rows == 2 * most ? most : rows > most ? (rows + 1) / 2 : rows;
+      for (; rows < kFewRows && r + rows < tile.n; ++rows) {
+        const int ends = last(tile.to[r + rows]), wider = (ends - from) / W;
+        if (first(tile.from[r + rows]) >= ends || rows >= kMaxRows[wider]) break;
+        to = ends;
+        columns = wider;
+      }
       for (int i = r; i < r + rows; ++i) prefetch(i, from, to < tile.n_keys ? to : tile.n_keys);
       const F* x = panels + static_cast<int64_t>(begin) * dim + (from - begin);
-      multiply<F, false>(rows, (to - from) / W,
+      multiply<F, false>(rows, columns,
                          {a + r * a_stride, a_stride, x, panel, dim,
                           {scores + r * stride + from, stride, Update::kStore}, next.take(dim, x)});
-    });
+    }
+  }
 }
 
 // out(row r) = update(out(row r), sum over keys of weights[r * stride + key] * x(key)). Unless it adds, rows that touch

@@ -1,36 +1,8 @@
-// What the kernels that choose key blocks take, and the entry points of each instruction set.
+// The CPU kernels that choose key blocks: the entry points of each instruction set.
 #pragma once
-#include <cstdint>
-
-#include "../../common/key_range.h"
-#include "../../common/tensor.h"
+#include "../../common/select_params.h"
 
 namespace hierkernels {
-
-// `merged` query heads choose together. With lse, a window's score is the sum of their probabilities, and a block's the
-// sum of its windows', once for each chunk of tokens in common. Without, a window is a block and its score the logit of
-// the queries' mean.
-struct SelectParams {
-  Tensor q;    // (B, heads * merged, Nq, D), last stride 1
-  Tensor k;    // (B, Hk, W, D), last stride 1; without lse float32 (float64 if q is)
-  Tensor lse;  // optional (B, heads * merged, Nq), float32 (float64 if q is), contiguous
-  int32_t* indices = nullptr;  // (B, heads, Nq, num_selected): ascending, then -1
-  int64_t heads = 1, merged = 1;
-
-  Staircase visible;     // query i sees the windows below, canonical
-  Staircase candidates;  // and chooses among the blocks below
-  int64_t num_blocks = 0;
-  // Chunks of tokens: window w covers first_chunk + w and the next ones, block j is made of windows_per_block of them.
-  int64_t windows_per_block = 1, chunks_per_window = 1, first_chunk = 0;
-  int64_t block_size = 1, query_offset = 0;
-  int64_t num_selected = 0, num_initial = 0, num_local = 0;
-  bool exclude_own_block = false;
-  double scale = 1;
-
-  int64_t n_queries() const { return q.size[2]; }
-  int64_t n_windows() const { return k.size[2]; }
-  int64_t dim() const { return q.size[3]; }
-};
 
 namespace generic {
 void select_blocks(const SelectParams& p);
@@ -40,6 +12,9 @@ void select_blocks(const SelectParams& p);
 }
 namespace avx512 {
 void select_blocks(const SelectParams& p);
+}
+namespace avx512bf16 {
+void select_blocks(const SelectParams& p);  // of bfloat16, with lse
 }
 
 // Chooses the kernel for the instruction set in use (isa.h) and runs it.

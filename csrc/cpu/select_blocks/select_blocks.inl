@@ -17,8 +17,11 @@ namespace {
 constexpr int kQueries = 64;
 constexpr int kTileWindows = 128;
 
-template <class F>
+// E: what the products of queries and windows multiply (operands.h).
+template <class E>
 class Select {
+  using O = Operands<E>;
+  using F = Sum<E>;
   using Index = typename Simd<F>::Signed;
   static constexpr int W = kWidth<F>;
   static_assert(kQueries % kPanel<F> == 0);
@@ -36,10 +39,10 @@ class Select {
         tile_blocks_(p.windows_per_block < kTileWindows ? kTileWindows / p.windows_per_block : 1) {
     const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
     rows_ = tile_blocks_ * p.windows_per_block + halo_;
-    q_at_ = part(scored_heads() * dim_ * kQueries);
+    q_at_ = part(scored_heads() * head_size());
     rows_at_ = part(probability() ? 0 : 2 * kQueries * padded_);
     lse_at_ = part(scored_heads() * kQueries);
-    k_at_ = part(k_storage_.native ? 0 : rows_ * padded_);
+    k_at_ = part(O::in_place(k_storage_) ? 0 : rows_ * O::row_stride(dim_));
     windows_at_ = part(rows_ * kQueries);
     scores_at_ = part(static_cast<int64_t>(n_) * kQueries);
     blocks_at_ = part(static_cast<int64_t>(n_) * kQueries);
@@ -71,7 +74,8 @@ class Select {
 
  private:
   struct Work {
-    F *q, *rows, *lse, *k, *windows, *scores, *weights;
+    E *q, *k;
+    F *rows, *lse, *windows, *scores, *weights;
     Index* blocks;
     F *maximum, *sum;            // of the logits' softmax
     Index *visible, *end, *own;  // of each query: the windows and the blocks below which it sees, and its block
@@ -79,10 +83,10 @@ class Select {
     NextInputs next;  // the queries of the next task
 
     Work(const Select& s, char* scratch)
-        : q(at<F>(scratch, s.q_at_)),
+        : q(at<E>(scratch, s.q_at_)),
+          k(at<E>(scratch, s.k_at_)),
           rows(at<F>(scratch, s.rows_at_)),
           lse(at<F>(scratch, s.lse_at_)),
-          k(at<F>(scratch, s.k_at_)),
           windows(at<F>(scratch, s.windows_at_)),
           scores(at<F>(scratch, s.scores_at_)),
           weights(at<F>(scratch, s.weights_at_)),
@@ -121,6 +125,8 @@ class Select {
                p_.merged, left < kQueries ? left : kQueries, dim_ * bytes);
   }
 
+  // The queries of a head in tiles.
+  int64_t head_size() const { return kQueries / W * O::tile_size(dim_); }
   bool probability() const { return static_cast<bool>(p_.lse); }
   // Probabilities are summed over the heads; of logits, it is the queries that are averaged.
   int64_t scored_heads() const { return probability() ? p_.merged : 1; }
@@ -209,11 +215,15 @@ class Select {
 
   // The queries of each head in panels, channel by channel, and their lse in base 2.
   void load_queries(Work& w, int64_t b, int64_t head, int64_t first) const {
-    if (!probability()) return average_queries(w, b, head, first);
+    if constexpr (O::kTerms == 1)
+      if (!probability()) return average_queries(w, b, head, first);
     for (int64_t h = 0; h < p_.merged; ++h) {
       const int64_t q_head = head * p_.merged + h;
-      storage_.transpose(rows_of(p_.q, storage_, b, q_head, 1), first, w.queries, dim_, F(1),
-                         w.q + h * dim_ * kQueries, kPanel<F>);
+      const Rows rows = rows_of(p_.q, storage_, b, q_head, 1);
+      if constexpr (O::kTerms == 1)
+        storage_.transpose(rows, first, w.queries, dim_, F(1), w.q + h * head_size(), kPanel<F>);
+      else
+        O::make_tiles(storage_, rows, first, w.queries, dim_, F(1), w.q + h * head_size());
       const F* lse = p_.lse.as<F>() + (b * p_.q.size[1] + q_head) * p_.n_queries() + first;
       for (int lane = 0; lane < kQueries; ++lane)
         w.lse[h * kQueries + lane] = lane < w.queries ? static_cast<F>(lse[lane] * kLog2E) : F(0);
@@ -229,14 +239,16 @@ class Select {
     if (end > w.visible[w.queries - 1]) end = w.visible[w.queries - 1];
     if (begin >= end) return;
     const Rows keys = rows_of(p_.k, k_storage_, b, head * p_.merged * p_.k.size[1] / p_.q.size[1], 1);
-    const F* k = w.k;
-    int64_t k_stride = padded_;
-    if (k_storage_.native) {
+    const E* k = w.k;
+    int64_t k_stride = O::row_stride(dim_);
+    if (O::in_place(k_storage_)) {
       k_stride = keys.token_stride;
-      k = reinterpret_cast<const F*>(keys.data) + begin * k_stride;
+      k = reinterpret_cast<const E*>(keys.data) + begin * k_stride;
     } else {
-      k_storage_.load(keys, begin, static_cast<int>(end - begin), dim_, w.k, padded_);
+      O::load_rows(k_storage_, keys, begin, static_cast<int>(end - begin), dim_, w.k);
     }
+    // Panels of numbers, channel by channel, or tiles of pairs.
+    const int64_t q_stride = O::kTerms == 1 ? kPanel<F> : W, q_column = O::kTerms == 1 ? W : O::tile_size(dim_);
     const F scale = static_cast<F>(probability() ? p_.scale * kLog2E : p_.scale);
     for (int lane = 0; lane < w.queries; lane += kPanel<F>) {
       const int lanes = w.queries - lane < kPanel<F> ? w.queries - lane : kPanel<F>;
@@ -247,8 +259,9 @@ class Select {
       for (int64_t h = 0; h < scored_heads(); ++h)
         for_each_part(windows, kMaxRows[columns], [&](int x, int count) {
           const bool edge = begin + x + count > all_see;
-          score_windows<F>(count, columns,
-                           {k + x * k_stride, k_stride, w.q + h * dim_ * kQueries + lane * dim_, kPanel<F>, dim_, scale,
+          score_windows<E>(count, columns,
+                           {k + x * k_stride, k_stride, w.q + h * head_size() + lane / W * O::tile_size(dim_), q_stride,
+                            q_column, O::terms(dim_), scale,
                             probability() ? w.lse + h * kQueries + lane : nullptr,
                             w.windows + row(begin + x, j) * kQueries + lane, kQueries, h > 0, begin + x,
                             edge ? w.visible + lane : nullptr, w.next.take(dim_, k)});
@@ -374,7 +387,11 @@ class Select {
 }  // namespace
 
 void select_blocks(const SelectParams& p) {
+#if defined(__AVX512BF16__)
+  Select<Pair>(p, storage_of<float, BFloat16>()).run();
+#else
   with_storage(p.q.dtype, [&]<class F>(const Storage<F>& storage) { Select<F>(p, storage).run(); });
+#endif
 }
 
 }  // namespace HK_ISA

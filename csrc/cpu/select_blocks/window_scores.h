@@ -2,6 +2,7 @@
 // probabilities are added to those of the heads before.
 #pragma once
 #include "../attention/products.h"
+#include "../selected_attention/gathered_products.h"
 
 namespace hierkernels {
 namespace HK_ISA {
@@ -9,13 +10,14 @@ namespace {
 
 // out[r][c] (+)= 2^(scale * k(r) . q(c) - lse[c]), zero where the query does not see the window; without lse,
 // out[r][c] = scale * k(r) . q(c).
-template <class F>
+template <class E>
 struct WindowProduct {
-  const F* k;  // k(r) = k + r * k_stride, r = 0 is window `first`
+  using F = Sum<E>;
+  const E* k;  // k(r) = k + r * k_stride, r = 0 is window `first`
   int64_t k_stride;
-  const F* q;  // q(c)[t] = q[t * q_stride + c]
-  int64_t q_stride;
-  int64_t dim;
+  const E* q;  // q(c)[t] = q[t * q_stride + c], c < W; the next W queries are q_column further
+  int64_t q_stride, q_column;
+  int64_t terms;
   F scale;
   const F* lse;  // in base 2
   F* out;
@@ -26,11 +28,20 @@ struct WindowProduct {
   Lines ask;  // in turn t of the loop, the line at `at` + t * step
 };
 
-template <class F, bool kProbability, int R, int C>
-__attribute__((noinline)) void score_windows_block(const WindowProduct<F>& p) {
+template <class E, bool kProbability, int R, int C>
+__attribute__((noinline)) void score_windows_block(const WindowProduct<E>& p) {
+  using F = Sum<E>;
   constexpr int W = kWidth<F>;
   Vec<F> sum[R][C];
-  sum_block<F, false, R, C>(p.k, p.k_stride, p.q, p.q_stride, p.dim, p.ask, sum);
+  if constexpr (Operands<E>::kTerms == 1) {
+    sum_block<F, false, R, C>(p.k, p.k_stride, p.q, p.q_stride, p.terms, p.ask, sum);
+  } else {
+    const E* q[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) q[c] = p.q + c * p.q_column;
+    clear_sums<F, R, C>(sum);
+    add_terms<E, R, C>(p.k, p.k_stride, 1, q, p.q_stride, p.terms, sum);
+  }
   const Vec<F> scale = set1(p.scale);
   if constexpr (!kProbability) {
 #pragma GCC unroll 16
@@ -65,33 +76,33 @@ __attribute__((noinline)) void score_windows_block(const WindowProduct<F>& p) {
   }
 }
 
-template <class F>
-using ScoreWindows = void (*)(const WindowProduct<F>&);
-template <class F>
+template <class E>
+using ScoreWindows = void (*)(const WindowProduct<E>&);
+template <class E>
 struct ScoreTable {
-  ScoreWindows<F> block[kMostRows * kMaxColumns];
+  ScoreWindows<E> block[kMostRows * kMaxColumns];
 };
-template <class F, bool kProbability, int I>
-constexpr ScoreWindows<F> score_entry() {
+template <class E, bool kProbability, int I>
+constexpr ScoreWindows<E> score_entry() {
   constexpr int R = I / kMaxColumns + 1, C = I % kMaxColumns + 1;
   if constexpr (R <= kMaxRows[C])
-    return score_windows_block<F, kProbability, R, C>;
+    return score_windows_block<E, kProbability, R, C>;
   else
     return nullptr;
 }
-template <class F, bool kProbability, int... I>
-constexpr ScoreTable<F> score_table(std::integer_sequence<int, I...>) {
-  return {{score_entry<F, kProbability, I>()...}};
+template <class E, bool kProbability, int... I>
+constexpr ScoreTable<E> score_table(std::integer_sequence<int, I...>) {
+  return {{score_entry<E, kProbability, I>()...}};
 }
-template <class F, bool kProbability>
-constexpr ScoreTable<F> kScoreWindows =
-    score_table<F, kProbability>(std::make_integer_sequence<int, kMostRows * kMaxColumns>());
+template <class E, bool kProbability>
+constexpr ScoreTable<E> kScoreWindows =
+    score_table<E, kProbability>(std::make_integer_sequence<int, kMostRows * kMaxColumns>());
 
 // Windows <= kMaxRows[columns], columns <= kMaxColumns (vectors of queries).
-template <class F>
-HK_INLINE void score_windows(int windows, int columns, const WindowProduct<F>& p) {
+template <class E>
+HK_INLINE void score_windows(int windows, int columns, const WindowProduct<E>& p) {
   const int at = (windows - 1) * kMaxColumns + columns - 1;
-  p.lse ? kScoreWindows<F, true>.block[at](p) : kScoreWindows<F, false>.block[at](p);
+  p.lse ? kScoreWindows<E, true>.block[at](p) : kScoreWindows<E, false>.block[at](p);
 }
 
 }  // namespace

@@ -11,7 +11,6 @@
 #include <new>
 
 #include "../attention/softmax.h"
-#include "../attention/storage.h"
 #include "../scratch.h"
 #include "backward_rows.h"
 #include "inverse_index.h"
@@ -22,9 +21,13 @@ namespace {
 
 constexpr int kAhead = 4;  // visitors
 
-template <class F>
+// E: what products multiply (operands.h).
+template <class E>
 class SelectedBackward {
+  using O = Operands<E>;
+  using F = typename O::Sum;
   static constexpr int W = kWidth<F>;
+  static constexpr bool kPairs = O::kTerms == 2;
 
  public:
   SelectedBackward(const SelectedParams& p, const Storage<F>& storage)
@@ -32,11 +35,11 @@ class SelectedBackward {
         storage_(storage),
         dim_(static_cast<int>(p.dim())),
         dim_v_(static_cast<int>(p.dim_v())),
-        padded_(round_up(dim_, W)),
-        padded_v_(round_up(dim_v_, W)) {
+        padded_(O::padded(dim_)),
+        padded_v_(O::padded(dim_v_)) {
     keys_ = static_cast<int>(p.block_size < kSelectedKeys ? p.block_size : kSelectedKeys);
     stride_ = round_up(keys_, W) + W;
-    k_in_place_ = storage.native && dim_ == padded_;
+    k_in_place_ = O::in_place(storage) && dim_ == padded_;
     plan(omp_get_max_threads());
 
     const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
@@ -44,11 +47,16 @@ class SelectedBackward {
     rows_at_ = layout_.add(sizeof(GatheredRows<F>));
     scores_at_ = part(kGatheredRows * stride_);
     dp_at_ = part(kGatheredRows * stride_);
-    q_at_ = part(kGatheredRows * padded_);
-    dout_at_ = part(kGatheredRows * padded_v_);
+    q_at_ = part(kGatheredRows * O::row_stride(dim_));
+    dout_at_ = part(kGatheredRows * O::row_stride(dim_v_));
+    zipped_q_at_ = part(kPairs ? kGatheredRows / 2 * padded_ : 0);
+    zipped_dout_at_ = part(kPairs ? kGatheredRows / 2 * padded_v_ : 0);
+    p_rows_at_ = part(kPairs ? kGatheredRows / 2 * stride_ : 0);
+    ds_rows_at_ = part(kPairs ? kGatheredRows / 2 * stride_ : 0);
+    ds_keys_at_ = part(kPairs ? kGatheredRows * stride_ / 2 : 0);
     dq_tile_at_ = part(kGatheredRows * padded_);
-    k_tiles_at_ = part(whole_keys * dim_);
-    v_tiles_at_ = part(whole_keys * dim_v_);
+    k_tiles_at_ = part(whole_keys / W * O::tile_size(dim_));
+    v_tiles_at_ = part(whole_keys / W * O::tile_size(dim_v_));
     k_at_ = part(k_in_place_ ? 0 : whole_keys * padded_);
     dk_at_ = part(chunks_ > 1 || splits_ > 1 ? 0 : whole_keys * padded_);
     dv_at_ = part(chunks_ > 1 || splits_ > 1 ? 0 : whole_keys * padded_v_);
@@ -86,32 +94,42 @@ class SelectedBackward {
   // What a thread works with.
   struct Work {
     GatheredRows<F>& rows;
-    F *scores, *dp, *q, *dout, *dq_tile, *k_tiles, *v_tiles, *k, *dk, *dv, *sums, *lse, *lse_low, *delta, *dq;
+    F *scores, *dp, *dq_tile, *dk, *dv, *sums, *lse, *lse_low, *delta, *dq;
+    E *q, *dout, *k_tiles, *v_tiles, *k;
+    E *zipped_q, *zipped_dout, *p_rows, *ds_rows, *ds_keys;  // pairs of rows, and of keys
     VisitWalker walker;
     InverseIndex index;
     int64_t b = 0, kv_head = 0, first_query = 0;
 
     Work(const SelectedBackward& f, char* scratch)
         : rows(*new (scratch + f.rows_at_) GatheredRows<F>),
-          scores(at(scratch, f.scores_at_)),
-          dp(at(scratch, f.dp_at_)),
-          q(at(scratch, f.q_at_)),
-          dout(at(scratch, f.dout_at_)),
-          dq_tile(at(scratch, f.dq_tile_at_)),
-          k_tiles(at(scratch, f.k_tiles_at_)),
-          v_tiles(at(scratch, f.v_tiles_at_)),
-          k(at(scratch, f.k_at_)),
-          dk(at(scratch, f.dk_at_)),
-          dv(at(scratch, f.dv_at_)),
-          sums(at(scratch, f.sums_at_)),
-          lse(at(scratch, f.lse_at_)),
-          lse_low(at(scratch, f.lse_low_at_)),
-          delta(at(scratch, f.delta_at_)),
-          dq(at(scratch, f.dq_at_)),
+          scores(at<F>(scratch, f.scores_at_)),
+          dp(at<F>(scratch, f.dp_at_)),
+          dq_tile(at<F>(scratch, f.dq_tile_at_)),
+          dk(at<F>(scratch, f.dk_at_)),
+          dv(at<F>(scratch, f.dv_at_)),
+          sums(at<F>(scratch, f.sums_at_)),
+          lse(at<F>(scratch, f.lse_at_)),
+          lse_low(at<F>(scratch, f.lse_low_at_)),
+          delta(at<F>(scratch, f.delta_at_)),
+          dq(at<F>(scratch, f.dq_at_)),
+          q(at<E>(scratch, f.q_at_)),
+          dout(at<E>(scratch, f.dout_at_)),
+          k_tiles(at<E>(scratch, f.k_tiles_at_)),
+          v_tiles(at<E>(scratch, f.v_tiles_at_)),
+          k(at<E>(scratch, f.k_at_)),
+          zipped_q(at<E>(scratch, f.zipped_q_at_)),
+          zipped_dout(at<E>(scratch, f.zipped_dout_at_)),
+          p_rows(at<E>(scratch, f.p_rows_at_)),
+          ds_rows(at<E>(scratch, f.ds_rows_at_)),
+          ds_keys(at<E>(scratch, f.ds_keys_at_)),
           walker(f.p_, reinterpret_cast<int32_t*>(scratch + f.seen_at_)),
           index(f.p_, reinterpret_cast<int64_t*>(scratch + f.begins_at_),
                 reinterpret_cast<Visitor*>(scratch + f.visitors_at_)) {}
-    static F* at(char* scratch, size_t offset) { return reinterpret_cast<F*>(scratch + offset); }
+    template <class T>
+    static T* at(char* scratch, size_t offset) {
+      return reinterpret_cast<T*>(scratch + offset);
+    }
   };
 
   // Ranges of queries for the tasks of a head, and chunks of a range, whose dQ is in scratch at the same time.
@@ -210,15 +228,15 @@ class SelectedBackward {
     if (rows > 0) {
       const Rows k_rows = rows_of(p_.k, storage_, w.b, w.kv_head, 1);
       const Rows v_rows = rows_of(p_.v, storage_, w.b, w.kv_head, 1);
-      storage_.transpose(k_rows, key, keys, dim_, static_cast<F>(p_.scale * kLog2E), w.k_tiles, W);
-      storage_.transpose(v_rows, key, keys, dim_v_, F(1), w.v_tiles, W);
-      const F* k = w.k;
+      O::make_tiles(storage_, k_rows, key, keys, dim_, static_cast<F>(p_.scale * kLog2E), w.k_tiles);
+      O::make_tiles(storage_, v_rows, key, keys, dim_v_, F(1), w.v_tiles);
+      const E* k = w.k;
       int64_t k_stride = padded_;
       if (k_in_place_) {
-        k = reinterpret_cast<const F*>(k_rows.data) + key * k_rows.token_stride;
+        k = reinterpret_cast<const E*>(k_rows.data) + key * k_rows.token_stride;
         k_stride = k_rows.token_stride;
       } else {
-        storage_.load(k_rows, key, keys, dim_, w.k, padded_);
+        O::make_rows(storage_, k_rows, key, keys, dim_, w.k);
       }
       const Visitor* const visitors = w.index.visitors(block);
       const Visitor* const visitors_end = visitors + w.index.count(block);
@@ -231,14 +249,22 @@ class SelectedBackward {
 
   // Rows [first, first + n) of those that visit a block: row r is head r % heads of visitor r / heads.
   void row_tile(Work& w, const Visitor* visitors, const Visitor* visitors_end, int64_t first, int n, int64_t key,
-                int keys, const F* k, int64_t k_stride, const Target<F>& dk, const Target<F>& dv) const {
+                int keys, const E* k, int64_t k_stride, const Target<F>& dk, const Target<F>& dv) const {
     gather(w, visitors, visitors_end, first, n, key, keys);
-    multiply_block_keys(n, w.q, padded_, w.k_tiles, keys, dim_, w.scores, stride_);
-    multiply_block_keys(n, w.dout, padded_v_, w.v_tiles, keys, dim_v_, w.dp, stride_);
+    const F factor = static_cast<F>(p_.scale * kLog2E);
+    multiply_block_keys<E>(n, w.q, O::row_stride(dim_), w.k_tiles, keys, dim_, factor, w.scores, stride_);
+    multiply_block_keys<E>(n, w.dout, O::row_stride(dim_v_), w.v_tiles, keys, dim_v_, F(1), w.dp, stride_);
     gradient_rows(w.rows, n, keys, p_.weights.data != nullptr, static_cast<F>(p_.scale), w.scores, w.dp, stride_);
-    sum_over_rows(n, w.scores, stride_, keys, w.dout, padded_v_, dv);
-    sum_over_rows(n, w.dp, stride_, keys, w.q, padded_, dk);
-    sum_over_keys(n, w.dp, stride_, keys, k, k_stride, padded_, w.dq_tile);
+    if constexpr (kPairs) {
+      zip(w, n, keys);
+      sum_over_rows<E>(n, w.p_rows, stride_, keys, w.zipped_dout, padded_v_, padded_v_, dv);
+      sum_over_rows<E>(n, w.ds_rows, stride_, keys, w.zipped_q, padded_, padded_, dk);
+      sum_over_keys<E>(n, w.ds_keys, stride_ / 2, keys, k, k_stride, padded_, w.dq_tile);
+    } else {
+      sum_over_rows<E>(n, w.scores, stride_, keys, w.dout, padded_v_, padded_v_, dv);
+      sum_over_rows<E>(n, w.dp, stride_, keys, w.q, padded_, padded_, dk);
+      sum_over_keys<E>(n, w.dp, stride_, keys, k, k_stride, padded_, w.dq_tile);
+    }
     for (int r = 0; r < n; ++r) {
       F* dq = w.rows.dq[r];
       const F* x = w.dq_tile + r * padded_;
@@ -249,6 +275,23 @@ class SelectedBackward {
     if (p_.dweights)
       for (int r = 0; r < n; ++r)
         if (w.rows.dweight[r]) *w.rows.dweight[r] += w.rows.weight_sum[r];
+  }
+
+  // Operands of the sums over rows and over keys, where products take pairs.
+  void zip(Work& w, int n, int keys) const {
+    const int end = round_up(keys, W);
+    const auto rows = [](const E* x, int64_t stride) {
+      return [=](int r) { return reinterpret_cast<const uint16_t*>(x + r * stride); };
+    };
+    O::zip_rows(rows(w.q, O::row_stride(dim_)), n, padded_, w.zipped_q);
+    O::zip_rows(rows(w.dout, O::row_stride(dim_v_)), n, padded_v_, w.zipped_dout);
+    for (int r = 0; r < n; r += 2) {
+      const bool two = r + 1 < n;
+      const F *p = w.scores + r * stride_, *ds = w.dp + r * stride_;
+      O::zip_rounded(p, two ? p + stride_ : nullptr, end, w.p_rows + r / 2 * stride_);
+      O::zip_rounded(ds, two ? ds + stride_ : nullptr, end, w.ds_rows + r / 2 * stride_);
+    }
+    for (int r = 0; r < n; ++r) O::round_row(w.dp + r * stride_, end, w.ds_keys + r * (stride_ / 2));
   }
 
   // Rows lie anywhere: those of a visitor to come are asked for.
@@ -282,8 +325,8 @@ class SelectedBackward {
       const int64_t i = visitor->item / choices, c = visitor->item % choices, head = c * heads + skip;
       const int count = static_cast<int>(heads - skip < n - r ? heads - skip : n - r);
       const int64_t query = w.first_query + i, row = query * group + head;
-      storage_.load(q_rows, row, count, dim_, w.q + r * padded_, padded_);
-      storage_.load(dout_rows, row, count, dim_v_, w.dout + r * padded_v_, padded_v_);
+      O::load_rows(storage_, q_rows, row, count, dim_, w.q + r * O::row_stride(dim_));
+      O::load_rows(storage_, dout_rows, row, count, dim_v_, w.dout + r * O::row_stride(dim_v_));
       const int64_t seen = p_.is_causal ? p_.position(query) - key + 1 : keys;
       const int64_t choice = w.kv_head * choices + c;
       const F weight = weight_of<F>(p_, w.b, choice, query, visitor->slot);
@@ -345,6 +388,7 @@ class SelectedBackward {
   bool k_in_place_;
   int64_t splits_, chunk_, chunks_;  // ranges; queries of a chunk at most; chunks of a range
   ScratchLayout layout_;
+  size_t zipped_q_at_, zipped_dout_at_, p_rows_at_, ds_rows_at_, ds_keys_at_;
   size_t rows_at_, scores_at_, dp_at_, q_at_, dout_at_, dq_tile_at_, k_tiles_at_, v_tiles_at_, k_at_, dk_at_, dv_at_,
       sums_at_, lse_at_, lse_low_at_, delta_at_, dq_at_, seen_at_, begins_at_, visitors_at_;
 };

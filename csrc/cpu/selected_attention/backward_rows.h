@@ -22,14 +22,14 @@ struct GatheredRows {
 };
 
 // scores[r * stride + key] = a(row r) . key, for the whole tiles that hold the keys.
-template <class F>
-void multiply_block_keys(int rows, const F* a, int64_t a_stride, const F* tiles, int keys, int dim, F* scores,
-                         int64_t stride) {
-  constexpr int W = kWidth<F>;
-  const F* list[kSelectedKeys / W];
+template <class E>
+void multiply_block_keys(int rows, const E* a, int64_t a_stride, const E* tiles, int keys, int dim, Sum<E> factor,
+                         Sum<E>* scores, int64_t stride) {
+  constexpr int W = kWidth<Sum<E>>;
+  const E* list[kSelectedKeys / W];
   const int n_tiles = (keys + W - 1) / W;
-  for (int t = 0; t < n_tiles; ++t) list[t] = tiles + static_cast<int64_t>(t) * W * dim;
-  multiply_tile_list(rows, a, a_stride, list, n_tiles, dim, scores, stride);
+  for (int t = 0; t < n_tiles; ++t) list[t] = tiles + t * Operands<E>::tile_size(dim);
+  multiply_tile_list<E>(rows, a, a_stride, list, n_tiles, dim, factor, scores, stride);
 }
 
 // Scores become P, dp becomes scale * dS (with respect to q . k); both 0 where not visible.
@@ -64,33 +64,20 @@ void gradient_rows(GatheredRows<F>& rows, int n, int keys, bool weighted, F scal
   }
 }
 
-// out(key) = update(out(key), sum over rows of weights[r * stride + key] * x(row r)).
-template <class F>
-void sum_over_rows(int n, const F* weights, int64_t stride, int keys, const F* x, int64_t x_stride,
-                   const Target<F>& out) {
-  constexpr int W = kWidth<F>;
-  for_each_part(static_cast<int>(x_stride / W), kMaxColumns, [&](int column, int columns) {
-    for_each_part(keys, kMaxRows[columns], [&](int j, int part) {
-      const F* from = x + column * W;
-      multiply<F, true>(part, columns, {weights + j, stride, from, x_stride, n,
-                                        {out.data + j * out.stride + column * W, out.stride, out.update},
-                                        nothing_to_ask(from)});
-    });
-  });
+// out(key) = update(out(key), sum over rows of weights[r * stride + key] * x(row r)), both in operands of rows.
+template <class E>
+void sum_over_rows(int n, const E* weights, int64_t stride, int keys, const E* x, int64_t x_stride, int dim,
+                   const Target<Sum<E>>& out) {
+  const Run<E> run = {x, 0, Operands<E>::terms(n)};
+  multiply_run_list<E, true>(keys, weights, stride, &run, 1, x_stride, dim, out);
 }
 
-// out(row r) = sum over keys of weights[r * stride + key] * x(key).
-template <class F>
-void sum_over_keys(int n, const F* weights, int64_t stride, int keys, const F* x, int64_t x_stride, int padded,
-                   F* out) {
-  constexpr int W = kWidth<F>;
-  for_each_part(padded / W, kMaxColumns, [&](int column, int columns) {
-    for_each_part(n, kMaxRows[columns], [&](int r, int part) {
-      multiply<F, false>(part, columns, {weights + r * stride, stride, x + column * W, x_stride, keys,
-                                         {out + r * padded + column * W, padded, Update::kStore},
-                                         nothing_to_ask(x)});
-    });
-  });
+// out(row r) = sum over keys of weights[r * stride + key] * x(key), both in operands of keys.
+template <class E>
+void sum_over_keys(int n, const E* weights, int64_t stride, int keys, const E* x, int64_t x_stride, int padded,
+                   Sum<E>* out) {
+  const Run<E> run = {x, 0, Operands<E>::terms(keys)};
+  multiply_run_list<E>(n, weights, stride, &run, 1, x_stride, padded, {out, padded, Update::kStore});
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include <omp.h>
 
 #include "../attention/softmax.h"
-#include "../attention/storage.h"
 #include "../scratch.h"
 #include "gathered_products.h"
 #include "keys.h"
@@ -18,9 +17,12 @@ constexpr int kSelectedRows = 128;     // heads of a tile at most
 constexpr int kQueriesOfTask = 32;     // neighbours: they share some of what they visit
 constexpr int kScoresBytes = 1 << 16;  // of a tile; on top of the keys' tiles, in the second-level cache
 
-template <class F>
+// E: what products multiply (operands.h).
+template <class E>
 class SelectedForward {
-  static constexpr int W = kWidth<F>;
+  using O = Operands<E>;
+  using F = typename O::Sum;
+  static constexpr int W = kWidth<F>, kTerms = O::kTerms;
 
  public:
   SelectedForward(const SelectedParams& p, const Storage<F>& storage)
@@ -37,17 +39,21 @@ class SelectedForward {
     stride_ = tiles_ * W + W;  // off the powers of two
     prepared_ = p.n_queries() * p.choices() * visited > p.n_keys();
 
+    static_assert(sizeof(E) == sizeof(F));
+    q_in_place_ = O::in_place(storage);
     const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
     const int state = round_up(rows_, W);
     scores_at_ = part(rows_ * stride_);
     out_at_ = part(rows_ * v_.padded());
-    q_at_ = part(storage.native ? 0 : rows_ * round_up(k_.dim(), W));
+    q_at_ = part(q_in_place_ ? 0 : rows_ * O::row_stride(k_.dim()));
+    rounded_at_ = part(kTerms == 1 ? 0 : rows_ * stride_ / kTerms);
     state_at_ = part(5 * state);
-    tiles_at_ = layout_.add(tiles_ * sizeof(F*));
-    runs_at_ = layout_.add(tiles_ * sizeof(Run<F>));
+    tiles_at_ = layout_.add(tiles_ * sizeof(E*));
+    runs_at_ = layout_.add(tiles_ * sizeof(Run<E>));
+    columns_at_ = layout_.add(tiles_ * sizeof(Span));
     weights_at_ = part(tiles_);
     k_at_ = part(prepared_ ? 0 : tiles_ * k_.tile_size());
-    v_at_ = part(prepared_ || v_.in_place() ? 0 : static_cast<int64_t>(tiles_) * W * v_.padded());
+    v_at_ = part(prepared_ || v_.in_place() ? 0 : static_cast<int64_t>(tiles_) * W / kTerms * v_.padded());
     seen_at_ = layout_.add(static_cast<size_t>(p.blocks()) * sizeof(int32_t));
   }
 
@@ -56,9 +62,9 @@ class SelectedForward {
     if (pairs * queries == 0) return;
     const int64_t size = prepared_ ? k_.size() + v_.size() : 0;
     const int64_t wave = pairs_at_once(pairs, size * static_cast<int64_t>(sizeof(F)));
-    F* copies = nullptr;
+    E* copies = nullptr;
     if (size)
-      copies = reinterpret_cast<F*>(
+      copies = reinterpret_cast<E*>(
           thread_scratch(ScratchUse::kShared, static_cast<size_t>(wave * size) * sizeof(F)));
     const int64_t parts = (queries + kQueriesOfTask - 1) / kQueriesOfTask;
 #pragma omp parallel
@@ -66,7 +72,7 @@ class SelectedForward {
       Work w(*this, thread_scratch(ScratchUse::kTask, layout_.total()));
       for (int64_t first = 0; first < pairs; first += wave) {
         const int64_t count = pairs - first < wave ? pairs - first : wave;
-        if (size) prepare_pairs<F, 2>({&k_, &v_}, p_.kv_heads(), p_.n_keys(), first, count, copies, size);
+        if (size) prepare_pairs<E, 2>({&k_, &v_}, p_.kv_heads(), p_.n_keys(), first, count, copies, size);
         // The last queries first: with a causal choice they visit most.
 #pragma omp for schedule(dynamic)
         for (int64_t t = 0; t < count * parts; ++t) {
@@ -82,34 +88,41 @@ class SelectedForward {
  private:
   // What a thread works with.
   struct Work {
-    F *scores, *out, *q, *inverse;
+    F *scores, *out, *inverse;
+    E *q, *rounded;   // queries, probabilities: where products cannot read them as they are
     SoftmaxRows<F> rows;
-    const F** tiles;  // of keys, in the order of the columns
-    Run<F>* runs;     // of values, one for each visit
+    const E** tiles;  // of keys, in the order of the columns
+    Run<E>* runs;     // of values, one for each visit
+    Span* columns;    // of the visits: the scores that are theirs
     F* weights;       // of the runs
-    F *k, *v;         // a visit's own tiles and rows
+    E *k, *v;         // a visit's own tiles and rows
     VisitWalker walker;
     int n_tiles = 0, n_runs = 0;
     int64_t b = 0, kv_head = 0;
     Rows v_rows{};
-    const F *k_copy = nullptr, *v_copy = nullptr;
+    const E *k_copy = nullptr, *v_copy = nullptr;
 
     Work(const SelectedForward& f, char* scratch)
-        : scores(at(scratch, f.scores_at_)),
-          out(at(scratch, f.out_at_)),
-          q(at(scratch, f.q_at_)),
-          inverse(at(scratch, f.state_at_)),
-          tiles(reinterpret_cast<const F**>(scratch + f.tiles_at_)),
-          runs(reinterpret_cast<Run<F>*>(scratch + f.runs_at_)),
-          weights(at(scratch, f.weights_at_)),
-          k(at(scratch, f.k_at_)),
-          v(at(scratch, f.v_at_)),
+        : scores(at<F>(scratch, f.scores_at_)),
+          out(at<F>(scratch, f.out_at_)),
+          inverse(at<F>(scratch, f.state_at_)),
+          q(at<E>(scratch, f.q_at_)),
+          rounded(at<E>(scratch, f.rounded_at_)),
+          tiles(at<const E*>(scratch, f.tiles_at_)),
+          runs(at<Run<E>>(scratch, f.runs_at_)),
+          columns(at<Span>(scratch, f.columns_at_)),
+          weights(at<F>(scratch, f.weights_at_)),
+          k(at<E>(scratch, f.k_at_)),
+          v(at<E>(scratch, f.v_at_)),
           walker(f.p_, reinterpret_cast<int32_t*>(scratch + f.seen_at_)) {
       const int state = round_up(f.rows_, W);
       rows = {inverse + state, inverse + 2 * state, inverse + 3 * state, inverse + 4 * state};
     }
-    static F* at(char* scratch, size_t offset) { return reinterpret_cast<F*>(scratch + offset); }
-    void aim(const SelectedForward& f, int64_t pair, const F* copies) {
+    template <class T>
+    static T* at(char* scratch, size_t offset) {
+      return reinterpret_cast<T*>(scratch + offset);
+    }
+    void aim(const SelectedForward& f, int64_t pair, const E* copies) {
       b = pair / f.p_.kv_heads();
       kv_head = pair % f.p_.kv_heads();
       v_rows = f.v_.head(b, kv_head);
@@ -129,13 +142,13 @@ class SelectedForward {
   void tile(Work& w, int64_t i, int64_t choice, int64_t head, int n) const {
     const int64_t group = p_.group();
     const Rows q_rows = rows_of(p_.q, storage_, w.b, w.kv_head, group);
-    const F* q = w.q;
-    int64_t q_stride = round_up(k_.dim(), W);
-    if (storage_.native) {
-      q = reinterpret_cast<const F*>(q_rows.data) + i * q_rows.token_stride + head * q_rows.head_stride;
+    const E* q = w.q;
+    int64_t q_stride = O::row_stride(k_.dim());
+    if (q_in_place_) {
+      q = reinterpret_cast<const E*>(q_rows.data) + i * q_rows.token_stride + head * q_rows.head_stride;
       q_stride = q_rows.head_stride;
     } else {
-      storage_.load(q_rows, i * group + head, n, k_.dim(), w.q, q_stride);
+      O::load_rows(storage_, q_rows, i * group + head, n, k_.dim(), w.q);
     }
     for (int r = 0; r < n; r += W) {
       store(w.rows.max + r, set1(-static_cast<F>(__builtin_inff())));
@@ -146,9 +159,10 @@ class SelectedForward {
     w.n_tiles = w.n_runs = 0;
     const auto flush = [&] {
       if (w.n_tiles == 0) return;
-      multiply_tile_list(n, q, q_stride, w.tiles, w.n_tiles, k_.dim(), w.scores, stride_);
+      multiply_tile_list<E>(n, q, q_stride, w.tiles, w.n_tiles, k_.dim(), static_cast<F>(p_.scale * kLog2E), w.scores,
+                            stride_);
       softmax(w, n);
-      multiply_run_list<F>(n, w.scores, stride_, w.runs, w.n_runs, v_.row_stride(), v_.dim(),
+      multiply_run_list<E>(n, probabilities(w, n), stride_ / kTerms, w.runs, w.n_runs, v_.row_stride(), v_.dim(),
                            {w.out, v_.padded(), update, w.rows.rescale});
       update = Update::kRescale;
       w.n_tiles = w.n_runs = 0;
@@ -181,20 +195,22 @@ class SelectedForward {
     const int64_t room = static_cast<int64_t>(tiles_ - w.n_tiles) * W - lead;
     const int terms = static_cast<int>(left < room ? left : room), count = (lead + terms + W - 1) / W;
     const int at = w.n_tiles * W + lead;
-    const F* v = v_.row(w.v_copy, w.v_rows, key);
+    const E* v = v_.row(w.v_copy, w.v_rows, key);
     if (!prepared_) {
-      F* own = w.k + w.n_tiles * k_.tile_size();
+      E* own = w.k + w.n_tiles * k_.tile_size();
       k_.make_tiles(w.b, w.kv_head, key, terms, own);
       for (int t = 0; t < count; ++t) w.tiles[w.n_tiles + t] = own + t * k_.tile_size();
       if (!v_.in_place()) {
-        F* rows = w.v + static_cast<int64_t>(w.n_tiles) * W * v_.padded();
+        E* rows = w.v + static_cast<int64_t>(w.n_tiles) * W / kTerms * v_.padded();
         v_.make_rows(w.b, w.kv_head, key, terms, rows);
         v = rows;
       }
     } else {
       for (int t = 0; t < count; ++t) w.tiles[w.n_tiles + t] = k_.tile(w.k_copy, key / W + t);
     }
-    w.runs[w.n_runs] = {v, at, terms};
+    // A pair that the visit begins or ends in the middle of meets a probability of 0.
+    w.runs[w.n_runs] = {v, at / kTerms, O::terms(at % kTerms + terms)};
+    w.columns[w.n_runs] = {at, at + terms};
     w.weights[w.n_runs] = weight;
     ++w.n_runs;
     w.n_tiles += count;
@@ -208,7 +224,7 @@ class SelectedForward {
     for (int r = 0; r < n; ++r) {
       F* scores = w.scores + r * stride_;
       for (int i = 0; i < w.n_runs; ++i) {
-        const int from = w.runs[i].at, to = from + w.runs[i].terms;
+        const int from = w.columns[i].begin, to = w.columns[i].end;
         if (p_.weights) {
           const Vec<F> weight = set1(w.weights[i]);
           for (int j = from / W * W; j < to; j += W) store(scores + j, load(scores + j) * weight);
@@ -252,14 +268,25 @@ class SelectedForward {
     }
   }
 
+  // The numerators of n rows as products read them.
+  const E* probabilities(Work& w, int n) const {
+    if constexpr (kTerms == 1) {
+      return w.scores;
+    } else {
+      for (int r = 0; r < n; ++r)
+        O::round_row(w.scores + r * stride_, w.n_tiles * W, w.rounded + r * (stride_ / kTerms));
+      return w.rounded;
+    }
+  }
+
   const SelectedParams& p_;
   const Storage<F>& storage_;
-  KeySide<F> k_, v_;
+  KeySide<E> k_, v_;
   int rows_, tiles_;  // of a tile of scores, at most
   int64_t stride_;    // of rows of scores
-  bool prepared_;
+  bool prepared_, q_in_place_;
   ScratchLayout layout_;
-  size_t scores_at_, out_at_, q_at_, state_at_, tiles_at_, runs_at_, weights_at_, k_at_, v_at_, seen_at_;
+  size_t scores_at_, out_at_, q_at_, rounded_at_, columns_at_, state_at_, tiles_at_, runs_at_, weights_at_, k_at_, v_at_, seen_at_;
 };
 
 }  // namespace

@@ -11,11 +11,13 @@ struct Kernels {
   void (*backward)(const SelectedParams&);
 };
 
-Kernels kernels_in_use() {
+Kernels kernels_for(const SelectedParams& p) {
 #if defined(HIERKERNELS_X86)
   switch (active_isa()) {
     case Isa::kAmx:
     case Isa::kAvx512Bf16:
+      if (p.q.dtype == DType::kBFloat16) return {avx512bf16::selected_forward, avx512bf16::selected_backward};
+      [[fallthrough]];
     case Isa::kAvx512:
       return {avx512::selected_forward, avx512::selected_backward};
     case Isa::kAvx2:
@@ -33,13 +35,13 @@ void advise(const Tensor& t) { advise_huge_pages(t.data, static_cast<size_t>(t.s
 
 void selected_forward(const SelectedParams& p) {
   advise(p.out);
-  kernels_in_use().forward(p);
+  kernels_for(p).forward(p);
 }
 void selected_backward(const SelectedParams& p) {
   advise(p.dq);
   advise(p.dk);
   advise(p.dv);
-  kernels_in_use().backward(p);
+  kernels_for(p).backward(p);
 }
 
 }  // namespace hierkernels

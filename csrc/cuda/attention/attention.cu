@@ -1,5 +1,6 @@
 // The attention operators: from the call's parameters to launches.
 #include "../../common/philox.h"
+#include "../hopper/attention.h"
 #include "../operators.h"
 #include "kernels.h"
 #include "shapes.h"
@@ -65,21 +66,21 @@ void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
   add_kernels<T, 128>(to, type);
   add_kernels<T, 256>(to, type);
   to.push_back(info<BiasGradientShape<T>>("bias_gradient", type));
-  to.push_back({"attention_delta_kernel<" + type + ">", kDeltaThreads, 0});
 }
 
 }  // namespace
 
 std::vector<KernelInfo> attention_kernels() {
-  std::vector<KernelInfo> kernels;
+  std::vector<KernelInfo> kernels{{"attention_delta_kernel", kDeltaThreads, 0}};
   add_kernels<BFloat16>(kernels, "BFloat16");
   add_kernels<Float16>(kernels, "Float16");
   add_kernels<float>(kernels, "float");
+  for (const KernelInfo& k : hopper_attention_kernels()) kernels.push_back(k);
   return kernels;
 }
 
 void attention_forward(const AttentionParams& p, void* stream) {
-  run_attention_forward(make_args(p), p.q.dtype, stream);
+  if (!run_hopper_attention_forward(p, stream)) run_attention_forward(make_args(p), p.q.dtype, stream);
 }
 
 int attention_bias_slices(const AttentionParams& p) { return attention_bias_gradient_slices(make_args(p)); }
@@ -92,8 +93,8 @@ void attention_backward(const AttentionParams& p, const Tensor& delta, void* str
   a.dk = Rows::of(p.dk);
   a.dv = Rows::of(p.dv);
   a.delta = delta.as<float>();
-  run_attention_query_gradient(a, p.q.dtype, stream);
-  run_attention_key_gradient(a, p.q.dtype, stream);
+  if (!run_hopper_query_gradient(p, delta, stream)) run_attention_query_gradient(a, p.q.dtype, stream);
+  if (!run_hopper_key_gradient(p, delta, stream)) run_attention_key_gradient(a, p.q.dtype, stream);
   if (!p.dbias) return;
   a.dbias = p.dbias.as<float>();
   a.slices = static_cast<int>(p.dbias.size[0]);

@@ -34,7 +34,7 @@ inline int padded_channels(const AttentionArgs& p) {
   };                                                                          \
   if (dtype == DType::kBFloat16) return with_type(BFloat16{});                \
   if (dtype == DType::kFloat16) return with_type(Float16{});                  \
-  with_type(float{})
+  return with_type(float{})
 
 // How many items share a tile of `rows` rows and `keys` keys: several only if all their keys are in that one tile.
 inline int items_in_tile(const AttentionArgs& p, int rows, int keys) {

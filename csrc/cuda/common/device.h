@@ -10,9 +10,10 @@
 #include <cuda_runtime.h>
 
 namespace hierkernels::cuda {
-// The block's dynamic shared memory, aligned to 128 bytes. Kernels have no other: a launch says how much.
+// The block's dynamic shared memory, aligned to 1024 bytes (the pattern of a swizzled tile). Kernels have no other:
+// a launch says how much.
 __device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
 }
 }  // namespace hierkernels::cuda

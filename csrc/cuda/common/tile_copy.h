@@ -35,6 +35,26 @@ struct alignas(16) Chunk {  // 16 bytes
   uint32_t words[4];
 };
 
+// Starts copying 16 bytes of a row, from `column` on: what is beyond its channels becomes zero, all of it for a null row.
+template <class T>
+__device__ __forceinline__ void copy_chunk(unsigned char* to, const Rows& from, const T* row, int column) {
+  constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
+  int count = row ? from.channels - column : 0;
+  count = count < 0 ? 0 : count > kChunk ? kChunk : count;
+  if (count) row += column;
+  if (from.aligned) {
+    // An address that may be given even if nothing is read there.
+    ptx::cp_async16(to, count ? row : reinterpret_cast<const T*>(from.data), count * static_cast<int>(sizeof(T)));
+  } else {
+    T numbers[kChunk];
+#pragma unroll
+    for (int e = 0; e < kChunk; ++e) numbers[e] = e < count ? row[e] : T{};
+    Chunk chunk;
+    memcpy(&chunk, numbers, sizeof chunk);
+    *reinterpret_cast<Chunk*>(to) = chunk;
+  }
+}
+
 // Starts copying kRows rows of at most kColumns numbers into a tile; what is beyond them becomes zero. row(r) is the
 // address of row r in global memory, or null for a row of zeros. `first` skips columns (a multiple of 16 bytes).
 // The caller commits and waits.
@@ -44,22 +64,7 @@ __device__ __forceinline__ void copy_rows(unsigned char* tile, const Rows& from,
 #pragma unroll 4
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int r = i / kChunks, column = i % kChunks * kChunk;
-    const T* source = row(r);
-    unsigned char* to = tile + r * Tile<T, kColumns>::kStride + column * static_cast<int>(sizeof(T));
-    int count = source ? from.channels - first - column : 0;
-    count = count < 0 ? 0 : count > kChunk ? kChunk : count;
-    if (count) source += first + column;
-    if (from.aligned) {
-      // An address that may be given even if nothing is read there.
-      ptx::cp_async16(to, count ? source : reinterpret_cast<const T*>(from.data), count * static_cast<int>(sizeof(T)));
-    } else {
-      T numbers[kChunk];
-#pragma unroll
-      for (int e = 0; e < kChunk; ++e) numbers[e] = e < count ? source[e] : T{};
-      Chunk chunk;
-      memcpy(&chunk, numbers, sizeof chunk);
-      *reinterpret_cast<Chunk*>(to) = chunk;
-    }
+    copy_chunk<T>(tile + r * Tile<T, kColumns>::kStride + column * static_cast<int>(sizeof(T)), from, row(r), first + column);
   }
 }
 

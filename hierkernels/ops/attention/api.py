@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
+from hierkernels.arguments import autocast
 from hierkernels.key_range import KeyRange
 from hierkernels.ops.attention import reference
 from hierkernels.ops.attention import schema as schema  # registers the operators
@@ -211,21 +212,6 @@ def run(call: AttentionCall, backend: str | None) -> tuple[torch.Tensor, torch.T
     if name == "reference":  # plain PyTorch operations: differentiable any number of times
         return reference.attention(call)
     return schema.attention_forward(call, name)
-
-
-def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """q, k, v in the dtype that autocast asks for; what it does not cast is left to the checks."""
-    q = tensors[0]
-    if not isinstance(q, torch.Tensor):
-        return tensors
-    kind = "cpu" if q.is_cpu else q.device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    low = (torch.float32, torch.bfloat16, torch.float16)
-    if not all(isinstance(t, torch.Tensor) and t.dtype in low for t in tensors):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) for t in tensors)
 
 
 def attention(

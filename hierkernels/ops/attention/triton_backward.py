@@ -1,15 +1,20 @@
 """The two backward kernels: dQ for each tile of query rows, then dK and dV for each tile of keys.
 
+Where a tile holds several sequences (triton_places.py), dQ's kernel is the only one: its rows are
+all that see the tile's keys, and dK and dV are sums over them.
+
 dQ runs first and leaves the row statistics in the order and form that the others read:
 level = lse in the unit of the scores (+inf for rows that see nothing: exp(-inf) is 0) and
 delta = rowsum(out * dout) - dlse, both in packed-row order, n_stats numbers a slot
-(n_stats is a multiple of every BLOCK_M), so that they are loaded without a mask.
+(n_stats is a multiple of every BLOCK_M), so that they are loaded without a mask; with several
+sequences in a tile, in the order of lse.
 
 The bias gradient is deterministic and never takes a (B, H, Nq, Nk) temporary:
   - a bias of full shape: each element has one writer, a tile of the dQ kernel (DBIAS "store");
   - one row for all queries: the dK/dV kernel sums over the queries of its keys (DBIAS "head" or
     "group": one row for each query head or for each key/value head);
-  - shared between batches or heads only: triton_bias_gradient.py;
+  - shared between batches or heads only, and any other of short sequences:
+    triton_bias_gradient.py;
   - one number for all keys: the softmax does not see it, its gradient is that of lse alone.
 """
 
@@ -18,17 +23,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hierkernels.ops.attention.triton_scores import (
+from hierkernels.ops.attention.triton_places import (
     UNSPECIALIZED,
-    modified,
-    program_rows,
-    score_factor,
-    scores_at,
+    column_spans,
+    key_places,
+    offsets,
+    program_slot,
+    row_bound,
+    row_places,
+    same_item,
 )
+from hierkernels.ops.attention.triton_scores import modified, score_factor, scores_at
 from hierkernels.triton_common.key_range import (
-    bound,
     first_reaching,
-    key_spans,
     phase_span,
     phase_tile,
     query_spans,
@@ -39,10 +46,11 @@ from hierkernels.triton_common.tiles import (
     LOG2E,
     dot,
     load_rows,
+    load_tile,
     powers,
     rounded,
-    row_offsets,
     store_rows,
+    store_tile,
 )
 
 
@@ -62,6 +70,8 @@ def _attention_backward_dq_kernel(
     level_ptr,
     delta_ptr,
     dq_ptr,
+    dk_ptr,
+    dv_ptr,
     dbias_ptr,
     stride_q,
     stride_k,
@@ -72,6 +82,8 @@ def _attention_backward_dq_kernel(
     stride_out,
     stride_dout,
     stride_dq,
+    stride_dk,
+    stride_dv,
     stride_dbias,
     scale,
     score_scale,
@@ -82,6 +94,8 @@ def _attention_backward_dq_kernel(
     n_queries,
     n_keys,
     n_stats,
+    n_items,
+    items_of_slot,
     lo_shift,
     lo_rise,
     lo_offset,
@@ -100,6 +114,8 @@ def _attention_backward_dq_kernel(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
+    SEVERAL: tl.constexpr,
+    STATS: tl.constexpr,
     BIAS: tl.constexpr,
     MASK: tl.constexpr,
     PADDING: tl.constexpr,
@@ -112,11 +128,16 @@ def _attention_backward_dq_kernel(
     LOOP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of one tile of rows, its row statistics, and its rows of dbias if DBIAS is "store"."""
+    """dq of one tile of rows, its row statistics, and its rows of dbias if DBIAS is "store".
+
+    With SEVERAL these are all rows that see the keys of the slot: dk and dv are written as well,
+    and no other kernel needs the statistics but that of a shared bias.
+    """
     lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
     hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
-    n_rows = n_queries * PACK
-    m0, batch, head, slot = program_rows(n_rows, n_heads, BLOCK_M, PACK)
+    m0, batch, head, number, slot = program_slot(
+        n_stats, n_heads, n_queries, n_keys, n_items, items_of_slot, BLOCK_M, PACK, SEVERAL
+    )
     b = batch.to(tl.int64)
     h = head.to(tl.int64)
     q_ptr += b * stride_q[0] + h * stride_q[1]
@@ -125,6 +146,7 @@ def _attention_backward_dq_kernel(
     out_ptr += b * stride_out[0] + h * stride_out[1]
     dout_ptr += b * stride_dout[0] + h * stride_dout[1]
     dq_ptr += b * stride_dq[0] + h * stride_dq[1]
+    dbias_at = b * stride_dbias[0] + h * stride_dbias[1]
     mods = scores_at(
         (score_scale, softcap, bias_ptr, stride_bias, mask_ptr, stride_mask, padding_ptr,
          stride_padding),
@@ -135,62 +157,89 @@ def _attention_backward_dq_kernel(
         seed = tl.load(seed_ptr)
 
     rows = m0 + tl.arange(0, BLOCK_M)
-    do = load_rows(dout_ptr, rows, n_rows, stride_dout, PACK, DV, BLOCK_DV, True)
-    o = load_rows(out_ptr, rows, n_rows, stride_out, PACK, DV, BLOCK_DV, True)
+    is_row = rows < slot[1]
+    row = row_places(rows, slot, PACK, SEVERAL)
+    do_at = offsets(row, stride_dout, PACK, SEVERAL)
+    do = load_tile(dout_ptr, do_at, is_row, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
+    o_at = offsets(row, stride_out, PACK, SEVERAL)
+    o = load_tile(out_ptr, o_at, is_row, DV, BLOCK_DV, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
-    row_at = (b * n_heads + h) * n_queries + row_offsets(rows, (0, n_queries, 1), PACK)
-    lse = tl.load(lse_ptr + row_at, mask=rows < n_rows, other=float("-inf"))
+    stride_lse = (n_heads * n_queries, n_queries, 1)
+    row_at = (b * n_heads + h) * n_queries + offsets(row, stride_lse, PACK, SEVERAL)
+    lse = tl.load(lse_ptr + row_at, mask=is_row, other=float("-inf"))
     empty = lse == float("-inf")
     if DLSE:
-        dlse = tl.load(dlse_ptr + row_at, mask=rows < n_rows, other=0.0)
+        dlse = tl.load(dlse_ptr + row_at, mask=is_row, other=0.0)
         delta -= tl.where(empty, 0.0, dlse)
     level = tl.where(empty, float("inf"), lse if NATURAL else lse * LOG2E)
-    tl.store(delta_ptr + slot.to(tl.int64) * n_stats + rows, delta)
-    tl.store(level_ptr + slot.to(tl.int64) * n_stats + rows, level)
+    if STATS == "packed":
+        tl.store(delta_ptr + number.to(tl.int64) * n_stats + rows, delta)
+        tl.store(level_ptr + number.to(tl.int64) * n_stats + rows, level)
+    elif STATS == "natural":
+        tl.store(delta_ptr + row_at, delta, mask=is_row)
+        tl.store(level_ptr + row_at, level, mask=is_row)
 
-    lo = bound(rows // PACK, lo_stairs, n_keys)
-    hi = bound(rows // PACK, hi_stairs, n_keys)
-    first, last = m0 // PACK, (tl.minimum(m0 + BLOCK_M, n_rows) - 1) // PACK
-    begin, mid_begin, mid_end, end = key_spans(first, last, lo_stairs, hi_stairs, n_keys, BLOCK_N)
-    q = load_rows(q_ptr, rows, n_rows, stride_q, PACK, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    lo = row_bound(rows, lo_stairs, slot, PACK, SEVERAL)
+    hi = row_bound(rows, hi_stairs, slot, PACK, SEVERAL)
+    begin, mid_begin, mid_end, end = column_spans(
+        m0, slot, lo_stairs, hi_stairs, BLOCK_M, BLOCK_N, PACK, SEVERAL
+    )
+    q_at = offsets(row, stride_q, PACK, SEVERAL)
+    q = load_tile(q_ptr, q_at, is_row, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for phase in tl.static_range(2 if LOOP == "split" else 1):
         start, stop = phase_span(begin, mid_begin, mid_end, end, phase, LOOP)
         for at in range(start, stop, BLOCK_N):
             n0 = phase_tile(at, mid_begin, mid_end, phase, LOOP)
-            keys = n0 + tl.arange(0, BLOCK_N)
-            k = load_rows(
-                k_ptr, keys, n_keys, stride_k, 1, D, BLOCK_D, LOOP != "split" or phase == 1
+            columns = n0 + tl.arange(0, BLOCK_N)
+            is_key = columns < slot[2]
+            key = key_places(columns, slot, PACK, SEVERAL)
+            k_at = offsets(key, stride_k, 1, SEVERAL)
+            k = load_tile(
+                k_ptr, k_at, is_key, D, BLOCK_D, LOOP != "split" or phase == 1
             )  # [BLOCK_N, BLOCK_D]
-            v = load_rows(
-                v_ptr, keys, n_keys, stride_v, 1, DV, BLOCK_DV, LOOP != "split" or phase == 1
+            v_at = offsets(key, stride_v, 1, SEVERAL)
+            v = load_tile(
+                v_ptr, v_at, is_key, DV, BLOCK_DV, LOOP != "split" or phase == 1
             )  # [BLOCK_N, BLOCK_DV]
             dots = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
             dp = dot(do, tl.trans(v), None, PRECISION)
             s, slope = modified(
-                dots, mods, rows[:, None], keys[None, :], n_rows, n_keys,
-                PACK, BIAS, MASK, PADDING, SOFTCAP, FUSED, NATURAL,
+                dots, mods, rows[:, None], columns[None, :], slot,
+                PACK, SEVERAL, BIAS, MASK, PADDING, SOFTCAP, FUSED, NATURAL,
             )  # fmt: skip
             s = within(
-                s, keys[None, :], lo[:, None], hi[:, None], n0, mid_begin, mid_end, phase, LOOP
+                s, columns[None, :], lo[:, None], hi[:, None], n0, mid_begin, mid_end, phase, LOOP
             )
             p = powers(s, level[:, None], factor, NATURAL, PRECISION)
+            weights = p
             if DROPOUT:
                 keep = dropout_keep(
-                    seed, rows // PACK, head + rows % PACK, batch, n0, dropout_threshold,
-                    BLOCK_M, BLOCK_N, False,
+                    seed, row[2], head + row[1], batch + row[0], n0, key[2], dropout_threshold,
+                    BLOCK_M, BLOCK_N, False, not SEVERAL,
                 )  # fmt: skip
+                weights = tl.where(keep, p, 0.0)
                 dp = tl.where(keep, dp * dropout_scale, 0.0)
+            if SEVERAL:
+                dv = dot(tl.trans(rounded(weights, do.dtype, PRECISION)), do, None, PRECISION)
+                dv_at = offsets(key, stride_dv, 1, SEVERAL)
+                store_tile(dv_ptr, dv_at, is_key, dv * dropout_scale, DV, BLOCK_DV, PRECISION)
             ds = p * (dp - delta[:, None])
             if DBIAS == "store":
-                at_b = row_offsets(rows, stride_dbias, PACK)[:, None] + keys[None, :]
+                at_b = offsets(row, stride_dbias, PACK, SEVERAL)[:, None] + key[2][None, :]
                 tl.store(
-                    dbias_ptr + b * stride_dbias[0] + h * stride_dbias[1] + at_b,
+                    dbias_ptr + dbias_at + at_b,
                     rounded(ds, dbias_ptr.dtype.element_ty, PRECISION),
-                    mask=(rows < n_rows)[:, None] & (keys < n_keys)[None, :],
+                    mask=same_item(rows[:, None], columns[None, :], slot, PACK, SEVERAL),
                 )
-            acc = dot(rounded(ds * slope, k.dtype, PRECISION), k, acc, PRECISION)
-    store_rows(dq_ptr, rows, n_rows, stride_dq, acc * scale, PACK, D, BLOCK_D, PRECISION)
+            ds = rounded(ds * slope, k.dtype, PRECISION)
+            acc = dot(ds, k, acc, PRECISION)
+            if SEVERAL:
+                dk = dot(tl.trans(ds), q, None, PRECISION)
+                dk_at = offsets(key, stride_dk, 1, SEVERAL)
+                store_tile(dk_ptr, dk_at, is_key, dk * scale, D, BLOCK_D, PRECISION)
+    dq_at = offsets(row, stride_dq, PACK, SEVERAL)
+    store_tile(dq_ptr, dq_at, is_row, acc * scale, D, BLOCK_D, PRECISION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -270,6 +319,7 @@ def _attention_backward_dkv_kernel(
     b = batch.to(tl.int64)
     hk = kv_head.to(tl.int64)
     keys = n0 + tl.arange(0, BLOCK_N)
+    slot = (0, n_rows, n_keys, n_heads, n_queries, n_keys)
     k_ptr += b * stride_k[0] + hk * stride_k[1]
     v_ptr += b * stride_v[0] + hk * stride_v[1]
     k = load_rows(k_ptr, keys, n_keys, stride_k, 1, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
@@ -316,8 +366,8 @@ def _attention_backward_dkv_kernel(
                 delta = tl.load(delta_ptr + stats + rows)
                 dots = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
                 s, slope = modified(
-                    dots, mods, rows[None, :], keys[:, None], n_rows, n_keys,
-                    PACK, BIAS, MASK, PADDING, SOFTCAP, FUSED, NATURAL,
+                    dots, mods, rows[None, :], keys[:, None], slot,
+                    PACK, False, BIAS, MASK, PADDING, SOFTCAP, FUSED, NATURAL,
                 )  # fmt: skip
                 s = within(
                     s, rows[None, :], row_lo[:, None], row_hi[:, None], m0, mid_begin, mid_end,
@@ -328,8 +378,8 @@ def _attention_backward_dkv_kernel(
                 weights = p
                 if DROPOUT:
                     keep = dropout_keep(
-                        seed, rows // PACK, head + rows % PACK, batch, n0, dropout_threshold,
-                        BLOCK_M, BLOCK_N, True,
+                        seed, rows // PACK, head + rows % PACK, batch, n0, keys,
+                        dropout_threshold, BLOCK_M, BLOCK_N, True,
                     )  # fmt: skip
                     weights = tl.where(keep, p, 0.0)
                     dp = tl.where(keep, dp * dropout_scale, 0.0)

@@ -7,27 +7,11 @@ a user's step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from hierkernels.triton_common.configs import Config, channels_bucket, choose
 from hierkernels.triton_common.device import device_family as device_family
-
-
-@dataclass(frozen=True)
-class Config:
-    """BLOCK_M query rows by BLOCK_N keys."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    loop: str  # "always", "branch" or "split": hierkernels.triton_common.key_range
-
-    def compiler_options(self) -> dict[str, int | bool]:
-        """What to launch with; Triton's default for fused multiply-adds differs by version."""
-        return {
-            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True
-        }  # fmt: skip
-
+from hierkernels.triton_common.launch import Target
 
 # (device, kernel, channels up to) -> configuration for 16-bit elements.
 # sm_80: an `if` round the mask makes dK/dV spill, so every tile is masked. sm_90, sm_100: "branch"
@@ -96,8 +80,15 @@ _SPECIAL = {
     ("sm_86", "dkv", 128, "padded"): Config(64, 64, 8, 1, "always"),
     ("sm_90", "forward", 256, "slots"): Config(64, 32, 8, 2, "split"),
     ("sm_90", "dq", 256, "slots"): Config(64, 32, 8, 2, "split"),
+    ("sm_90", "dkv", 128, "slots"): Config(32, 64, 8, 2, "split"),
     ("sm_90", "dkv", 128, "stepped"): Config(32, 128, 8, 2, "always"),
     ("sm_100", "dkv", 128, "grouped"): Config(64, 128, 8, 1, "branch"),
+}
+KERNELS = {
+    "forward": "attention_forward",
+    "dq": "attention_backward_dq",
+    "dkv": "attention_backward_dkv",
+    "dbias": "attention_backward_dbias",
 }
 DEMANDS = ("slots", "pairs", "padded", "packed", "stepped", "grouped")
 
@@ -126,18 +117,54 @@ INTERPRETER = {
     "dbias": Config(32, 32, 4, 1, "always"),
 }
 
-# The short-sequence kernels hold whole sequences of at most this many rows and keys in one tile.
-SHORT_ROWS = 64
-SHORT_CHANNELS = 128
+# Several sequences share a tile if each has at most so many rows and keys: (channels up to, rows).
+SHORT_ROWS = ((128, 64), (256, 32))
+# (kernel, channels up to) -> a tile of all rows of several sequences; "pairs" as in DEMANDS.
+_SHORT = {
+    ("forward", 64): Config(64, 64, 4, 1, "always"),
+    ("forward", 64, "pairs"): Config(64, 64, 8, 1, "always"),
+    ("forward", 128): Config(64, 64, 8, 1, "always"),
+    ("forward", 128, "pairs"): Config(64, 32, 8, 1, "always"),
+    ("forward", 256): Config(32, 32, 4, 1, "always"),
+    ("forward", 256, "pairs"): Config(32, 32, 8, 1, "always"),
+    ("dq", 64): Config(64, 32, 8, 1, "always"),
+    ("dq", 64, "pairs"): Config(64, 16, 8, 1, "always"),
+    ("dq", 128): Config(64, 32, 8, 1, "always"),
+    ("dq", 128, "pairs"): Config(64, 16, 8, 1, "always"),
+    ("dq", 256): Config(32, 32, 8, 1, "always"),
+}
 
 
-def short_configuration(channels: int) -> Config:
-    """The configuration of the short-sequence kernels."""
-    return Config(SHORT_ROWS, SHORT_ROWS, 4 if channels <= 64 else 8, 1, "always")
+def short_rows(channels: int) -> int:
+    """The most rows and keys of sequences that share a tile; 0 if none do."""
+    return next((rows for most, rows in SHORT_ROWS if channels <= most), 0)
+
+
+def short_configuration(
+    target: Target, kernel: str, channels: int, element_size: int, pairs: bool
+) -> Config:
+    """The configuration of "forward", "dq" or "dbias" where a tile holds several sequences.
+
+    Its rows are short_rows(channels), and each of its tiles of keys is masked.
+    """
+    rows = short_rows(channels)
+    if target.family == "interpreter":
+        return Config(rows, 32, 4, 1, "always")
+    bucket = channels_bucket(channels)
+    if kernel == "dbias":
+        config = _heuristic(target.family, kernel, channels, element_size, frozenset())
+        block_n = config.block_n if bucket <= 128 else 16
+        config = replace(config, block_n=block_n, num_warps=8)
+    else:
+        plain = _SHORT[kernel, bucket]
+        config = _SHORT.get((kernel, bucket, "pairs"), plain) if pairs else plain
+    name = f"{8 * element_size}-bit d{bucket} short" + (" pairs" if pairs else "")
+    config = choose(target, KERNELS[kernel], name, config)
+    return replace(config, block_m=rows, loop="always")
 
 
 def configuration(
-    family: str,
+    target: Target,
     kernel: str,
     channels: int,
     element_size: int,
@@ -146,25 +173,32 @@ def configuration(
 ) -> Config:
     """The configuration of "forward", "dq", "dkv" or "dbias".
 
-    channels: the larger head dimension; n_rows: rows of one slot; demands: some of DEMANDS. The
-    BLOCK_M of dkv and dbias divides that of dq, whose row statistics they read without a mask.
+    channels: the larger head dimension; n_rows: rows of one slot; demands: some of DEMANDS.
     """
-    if family == "interpreter":
+    if target.family == "interpreter":
         return INTERPRETER[kernel]
-    bucket = 64 if channels <= 64 else 128 if channels <= 128 else 256
-    if element_size == 4:
-        config = _SINGLE[kernel, bucket]
-    else:
-        keys = [(family, kernel, bucket, name) for name in DEMANDS if name in demands]
-        special = next((_SPECIAL[key] for key in keys if key in _SPECIAL), None)
-        config = special or _HALF[family, kernel, bucket]
-        if special is None and "pairs" in demands and kernel != "dbias":
-            config = _with_pairs(config, family)
+    config = _heuristic(target.family, kernel, channels, element_size, demands)
     rows = max(16, 1 << (n_rows - 1).bit_length())
     if rows < config.block_m:
         # Rows are what the warps of dkv do not divide: its tile of keys stays as large.
         warps = config.num_warps if kernel == "dkv" else 4
         config = replace(config, block_m=rows, num_warps=warps)
+    bucket = f"{8 * element_size}-bit d{channels_bucket(channels)} rows{min(rows, 128)}"
+    names = [name for name in DEMANDS if name in demands]
+    return choose(target, KERNELS[kernel], " ".join((bucket, *names)), config)
+
+
+def _heuristic(
+    family: str, kernel: str, channels: int, element_size: int, demands: frozenset[str]
+) -> Config:
+    bucket = channels_bucket(channels)
+    if element_size == 4:
+        return _SINGLE[kernel, bucket]
+    keys = [(family, kernel, bucket, name) for name in DEMANDS if name in demands]
+    special = next((_SPECIAL[key] for key in keys if key in _SPECIAL), None)
+    config = special or _HALF[family, kernel, bucket]
+    if special is None and "pairs" in demands and kernel != "dbias":
+        config = _with_pairs(config, family)
     return config
 
 

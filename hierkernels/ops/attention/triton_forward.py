@@ -5,24 +5,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hierkernels.ops.attention.triton_scores import (
+from hierkernels.ops.attention.triton_places import (
     UNSPECIALIZED,
-    modified,
-    program_rows,
-    score_factor,
-    scores_at,
+    column_spans,
+    key_places,
+    offsets,
+    program_slot,
+    row_bound,
+    row_places,
 )
-from hierkernels.triton_common.key_range import bound, key_spans, phase_span, phase_tile, within
+from hierkernels.ops.attention.triton_scores import modified, score_factor, scores_at
+from hierkernels.triton_common.key_range import phase_span, phase_tile, within
 from hierkernels.triton_common.philox import dropout_keep
 from hierkernels.triton_common.tiles import (
     LOWEST,
     dot,
-    load_rows,
+    load_tile,
     natural_lse,
     powers,
     rounded,
-    row_offsets,
-    store_rows,
+    store_tile,
 )
 
 
@@ -51,6 +53,8 @@ def _attention_forward_kernel(
     n_heads,
     n_queries,
     n_keys,
+    n_items,
+    items_of_slot,
     lo_shift,
     lo_rise,
     lo_offset,
@@ -69,6 +73,7 @@ def _attention_forward_kernel(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
+    SEVERAL: tl.constexpr,
     BIAS: tl.constexpr,
     MASK: tl.constexpr,
     PADDING: tl.constexpr,
@@ -77,19 +82,22 @@ def _attention_forward_kernel(
     FUSED: tl.constexpr,
     NATURAL: tl.constexpr,
     LOOP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out and lse (natural logarithm) of one tile of rows."""
+    """out and lse (natural logarithm) of one tile of rows; DESCRIPTORS: not with SEVERAL."""
     lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
     hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
-    n_rows = n_queries * PACK
-    m0, batch, head, _slot = program_rows(n_rows, n_heads, BLOCK_M, PACK)
+    m0, batch, head, _number, slot = program_slot(
+        n_queries * PACK, n_heads, n_queries, n_keys, n_items, items_of_slot, BLOCK_M, PACK, SEVERAL
+    )
     b = batch.to(tl.int64)
     h = head.to(tl.int64)
     q_ptr += b * stride_q[0] + h * stride_q[1]
     k_ptr += b * stride_k[0] + h // GROUP * stride_k[1]
     v_ptr += b * stride_v[0] + h // GROUP * stride_v[1]
     out_ptr += b * stride_out[0] + h * stride_out[1]
+    lse_ptr += (b * n_heads + h) * n_queries
     mods = scores_at(
         (score_scale, softcap, bias_ptr, stride_bias, mask_ptr, stride_mask, padding_ptr,
          stride_padding),
@@ -100,11 +108,22 @@ def _attention_forward_kernel(
         seed = tl.load(seed_ptr)
 
     rows = m0 + tl.arange(0, BLOCK_M)
-    lo = bound(rows // PACK, lo_stairs, n_keys)
-    hi = bound(rows // PACK, hi_stairs, n_keys)
-    first, last = m0 // PACK, (tl.minimum(m0 + BLOCK_M, n_rows) - 1) // PACK
-    begin, mid_begin, mid_end, end = key_spans(first, last, lo_stairs, hi_stairs, n_keys, BLOCK_N)
-    q = load_rows(q_ptr, rows, n_rows, stride_q, PACK, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    is_row = rows < slot[1]
+    row = row_places(rows, slot, PACK, SEVERAL)
+    lo = row_bound(rows, lo_stairs, slot, PACK, SEVERAL)
+    hi = row_bound(rows, hi_stairs, slot, PACK, SEVERAL)
+    begin, mid_begin, mid_end, end = column_spans(
+        m0, slot, lo_stairs, hi_stairs, BLOCK_M, BLOCK_N, PACK, SEVERAL
+    )
+    q_at = offsets(row, stride_q, PACK, SEVERAL)
+    q = load_tile(q_ptr, q_at, is_row, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    if DESCRIPTORS:
+        k_tiles = tl.make_tensor_descriptor(
+            k_ptr, [n_keys, D], [stride_k[2], 1], [BLOCK_N, BLOCK_D]
+        )
+        v_tiles = tl.make_tensor_descriptor(
+            v_ptr, [n_keys, DV], [stride_v[2], 1], [BLOCK_N, BLOCK_DV]
+        )
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -112,17 +131,21 @@ def _attention_forward_kernel(
         start, stop = phase_span(begin, mid_begin, mid_end, end, phase, LOOP)
         for at in range(start, stop, BLOCK_N):
             n0 = phase_tile(at, mid_begin, mid_end, phase, LOOP)
-            keys = n0 + tl.arange(0, BLOCK_N)
-            k = load_rows(
-                k_ptr, keys, n_keys, stride_k, 1, D, BLOCK_D, LOOP != "split" or phase == 1
-            )  # [BLOCK_N, BLOCK_D]
+            columns = n0 + tl.arange(0, BLOCK_N)
+            is_key = columns < slot[2]
+            key = key_places(columns, slot, PACK, SEVERAL)
+            if DESCRIPTORS:
+                k = k_tiles.load([n0, 0])  # [BLOCK_N, BLOCK_D]
+            else:
+                k_at = offsets(key, stride_k, 1, SEVERAL)
+                k = load_tile(k_ptr, k_at, is_key, D, BLOCK_D, LOOP != "split" or phase == 1)
             dots = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
             s, _slope = modified(
-                dots, mods, rows[:, None], keys[None, :], n_rows, n_keys,
-                PACK, BIAS, MASK, PADDING, SOFTCAP, FUSED, NATURAL,
+                dots, mods, rows[:, None], columns[None, :], slot,
+                PACK, SEVERAL, BIAS, MASK, PADDING, SOFTCAP, FUSED, NATURAL,
             )  # fmt: skip
             s = within(
-                s, keys[None, :], lo[:, None], hi[:, None], n0, mid_begin, mid_end, phase, LOOP
+                s, columns[None, :], lo[:, None], hi[:, None], n0, mid_begin, mid_end, phase, LOOP
             )
             new_top = tl.maximum(top, tl.max(s, 1) * factor)
             p = powers(s, new_top[:, None], factor, NATURAL, PRECISION)
@@ -132,18 +155,21 @@ def _attention_forward_kernel(
             top = new_top
             if DROPOUT:
                 keep = dropout_keep(
-                    seed, rows // PACK, head + rows % PACK, batch, n0, dropout_threshold,
-                    BLOCK_M, BLOCK_N, False,
+                    seed, row[2], head + row[1], batch + row[0], n0, key[2], dropout_threshold,
+                    BLOCK_M, BLOCK_N, False, not SEVERAL,
                 )  # fmt: skip
                 p = tl.where(keep, p, 0.0)
-            v = load_rows(
-                v_ptr, keys, n_keys, stride_v, 1, DV, BLOCK_DV, LOOP != "split" or phase == 1
-            )  # [BLOCK_N, BLOCK_DV]
+            if DESCRIPTORS:
+                v = v_tiles.load([n0, 0])  # [BLOCK_N, BLOCK_DV]
+            else:
+                v_at = offsets(key, stride_v, 1, SEVERAL)
+                v = load_tile(v_ptr, v_at, is_key, DV, BLOCK_DV, LOOP != "split" or phase == 1)
             acc = dot(rounded(p, v.dtype, PRECISION), v, acc, PRECISION)
 
     safe = tl.where(total == 0.0, 1.0, total)
     out = acc * (dropout_scale / safe)[:, None]
-    store_rows(out_ptr, rows, n_rows, stride_out, out, PACK, DV, BLOCK_DV, PRECISION)
+    out_at = offsets(row, stride_out, PACK, SEVERAL)
+    store_tile(out_ptr, out_at, is_row, out, DV, BLOCK_DV, PRECISION)
     lse = natural_lse(top, total, NATURAL, PRECISION)
-    lse_ptr += (b * n_heads + h) * n_queries
-    tl.store(lse_ptr + row_offsets(rows, (0, n_queries, 1), PACK), lse, mask=rows < n_rows)
+    stride_lse = (n_heads * n_queries, n_queries, 1)
+    tl.store(lse_ptr + offsets(row, stride_lse, PACK, SEVERAL), lse, mask=is_row)

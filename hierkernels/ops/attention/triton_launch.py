@@ -19,10 +19,7 @@ from hierkernels.ops.attention.triton_backward import (
 )
 from hierkernels.ops.attention.triton_bias_gradient import _attention_backward_dbias_kernel
 from hierkernels.ops.attention.triton_forward import _attention_forward_kernel
-from hierkernels.ops.attention.triton_short import (
-    _attention_short_backward_kernel,
-    _attention_short_forward_kernel,
-)
+from hierkernels.triton_common.configs import Config
 from hierkernels.triton_common.key_range import range_arguments
 from hierkernels.triton_common.launch import Launch, Target
 from hierkernels.triton_common.tiles import LOG2E, padded, rows_stride
@@ -64,26 +61,19 @@ def _bias_strides(call: AttentionCall) -> tuple[int, ...]:
     return 0, *call.bias.stride()[1:], *slots
 
 
-def _every_kernel(call: AttentionCall, target: Target) -> dict[str, Any]:
+def _every_kernel(call: AttentionCall, target: Target, pack: int) -> dict[str, Any]:
     """The arguments that all kernels take."""
     D, Dv, Nq, Nk = call.q.shape[-1], call.v.shape[-1], call.q.shape[2], call.k.shape[2]
     key_range = range_arguments(call.key_range, Nq, Nk)
     assert key_range is not None  # supports() refuses those
+    natural = call.q.dtype == torch.float32
+    unit = 1.0 if natural else LOG2E.value
     return {
         "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v,
         "stride_q": rows_stride(call.q), "stride_k": rows_stride(call.k),
         "stride_v": rows_stride(call.v), "n_queries": Nq, "n_keys": Nk, **key_range,
         "D": D, "DV": Dv, "BLOCK_D": padded(D), "BLOCK_DV": padded(Dv), "GROUP": call.group,
-        "PRECISION": target.precision,
-    }  # fmt: skip
-
-
-def _long_kernels(call: AttentionCall, target: Target, pack: int) -> dict[str, Any]:
-    """The arguments that all but the short kernels take."""
-    natural = call.q.dtype == torch.float32
-    unit = 1.0 if natural else LOG2E.value
-    return {
-        **_every_kernel(call, target), "n_heads": call.q.shape[1],
+        "PRECISION": target.precision, "n_heads": call.q.shape[1],
         "bias_ptr": call.bias, "mask_ptr": _bytes(call.mask), "padding_ptr": _bytes(call.padding),
         "seed_ptr": call.seed, "stride_bias": _bias_strides(call),
         "stride_mask": _pair_strides(call.mask, call),
@@ -100,10 +90,14 @@ def _long_kernels(call: AttentionCall, target: Target, pack: int) -> dict[str, A
     }  # fmt: skip
 
 
-def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) -> configs.Config:
-    pairs = {_bias_form(call, pack), _pair_form(call.mask, pack)}
-    channels = max(call.q.shape[-1], call.v.shape[-1])
-    demands = {
+def _channels(call: AttentionCall) -> int:
+    return max(call.q.shape[-1], call.v.shape[-1])
+
+
+def _demands(call: AttentionCall, pack: int) -> dict[str, bool]:
+    """Which of triton_configs.DEMANDS hold."""
+    pairs, channels = {_bias_form(call, pack), _pair_form(call.mask, pack)}, _channels(call)
+    return {
         "slots": "slots" in pairs,
         "pairs": bool(pairs & {"full", "slots"}) or call.seed is not None,
         "padded": channels != padded(channels),
@@ -111,17 +105,27 @@ def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) 
         "stepped": max(bound.step for bound in call.key_range) > 1,
         "grouped": call.group > pack,
     }
+
+
+def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) -> Config:
+    demands = _demands(call, pack)
     return configs.configuration(
-        target.family,
+        target,
         kernel,
-        channels=channels,
+        channels=_channels(call),
         element_size=call.q.element_size(),
         n_rows=call.q.shape[2] * pack,
         demands=frozenset(name for name, holds in demands.items() if holds),
     )
 
 
-def _tiles(config: configs.Config) -> dict[str, Any]:
+def _short(call: AttentionCall, target: Target, kernel: str, pack: int) -> Config:
+    """The configuration where a tile holds several sequences."""
+    pairs, size = _demands(call, pack)["pairs"], call.q.element_size()
+    return configs.short_configuration(target, kernel, _channels(call), size, pairs)
+
+
+def _tiles(config: Config) -> dict[str, Any]:
     return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **config.compiler_options()}
 
 
@@ -130,47 +134,54 @@ def _pack(call: AttentionCall) -> int:
     return call.group if call.q.shape[2] < _PACK_BELOW else 1
 
 
-# ---- short sequences ----
-
-
 def is_short(call: AttentionCall) -> bool:
-    """Plain calls whose units (one key/value head each) fit a tile of the short kernels."""
-    extras = (call.bias, call.mask, call.padding, call.seed)
-    return (
-        all(t is None for t in extras)
-        and not call.softcap
-        and max(call.q.shape[2] * call.group, call.k.shape[2]) <= configs.SHORT_ROWS
-        and max(call.q.shape[-1], call.v.shape[-1]) <= configs.SHORT_CHANNELS
-    )
+    """Whether tiles hold several sequences, with all heads that share a key/value head."""
+    longest = max(call.q.shape[2] * call.group, call.k.shape[2])
+    return longest <= configs.short_rows(_channels(call))
 
 
-def _short_launch(kernel: Any, call: AttentionCall, target: Target, **own: Any) -> Launch:
-    B, Hkv, Nk, _ = call.k.shape
-    units = configs.SHORT_ROWS // max(call.q.shape[2] * call.group, Nk)
-    return Launch(kernel, triton.cdiv(B * Hkv, units), {
-        **_every_kernel(call, target), **own, "score_scale": call.scale * LOG2E.value,
-        "n_units": B * Hkv, "n_kv_heads": Hkv, "units_per_tile": units,
-        **_tiles(configs.short_configuration(max(call.q.shape[-1], call.v.shape[-1]))),
-    })  # fmt: skip
+def _row_tiles(
+    call: AttentionCall, target: Target, kernel: str, pack: int
+) -> tuple[int, Config, dict[str, Any]]:
+    """(programs, configuration, arguments) of a kernel that owns tiles of rows."""
+    (B, H, Nq, _), (Hkv, Nk) = call.q.shape, call.k.shape[1:3]
+    items = B * Hkv
+    if is_short(call):
+        config = _short(call, target, kernel, pack)
+        of_slot = config.block_m // max(Nq * pack, Nk)
+        programs = triton.cdiv(items, of_slot)
+    else:
+        config, of_slot = _configuration(call, target, kernel, pack), 1
+        programs = triton.cdiv(Nq * pack, config.block_m) * (H // pack) * B
+    return programs, config, {
+        "n_items": items, "items_of_slot": of_slot, "SEVERAL": is_short(call), "PACK": pack,
+        "LOOP": config.loop, **_tiles(config),
+    }  # fmt: skip
 
 
 # ---- forward ----
+
+
+def _describable(call: AttentionCall, target: Target) -> bool:
+    """Whether tensor descriptors can fetch keys and values: every row starts at 16 bytes."""
+    if is_short(call) or target.family not in ("sm_90", "sm_100", "interpreter"):
+        return False
+    size = call.k.element_size()
+    numbers = (*rows_stride(call.k), *rows_stride(call.v))
+    starts = (0, 0) if call.k.is_meta else (call.k.data_ptr(), call.v.data_ptr())
+    return all(n * size % 16 == 0 for n in numbers) and all(at % 16 == 0 for at in starts)
 
 
 def plan_forward(
     call: AttentionCall, target: Target, out: torch.Tensor, lse: torch.Tensor
 ) -> list[Launch]:
     """The launches that fill out and lse; nothing in the call is empty."""
-    own = {"out_ptr": out, "lse_ptr": lse, "stride_out": rows_stride(out)}
-    if is_short(call):
-        return [_short_launch(_attention_short_forward_kernel, call, target, **own)]
-    B, H, Nq, _ = call.q.shape
     pack = _pack(call)
-    config = _configuration(call, target, "forward", pack)
-    programs = triton.cdiv(Nq * pack, config.block_m) * (H // pack) * B
+    programs, config, rows = _row_tiles(call, target, "forward", pack)
+    descriptors = config.descriptors and _describable(call, target)
     return [Launch(_attention_forward_kernel, programs, {
-        **_long_kernels(call, target, pack), **own, "PACK": pack, "LOOP": config.loop,
-        **_tiles(config),
+        **_every_kernel(call, target, pack), **rows, "out_ptr": out, "lse_ptr": lse,
+        "stride_out": rows_stride(out), "DESCRIPTORS": descriptors,
     })]  # fmt: skip
 
 
@@ -200,16 +211,22 @@ def _lse_bias_gradient(
 def _shared_bias_launch(
     call: AttentionCall, target: Target, bias: torch.Tensor, arguments: dict[str, Any]
 ) -> tuple[Launch, torch.Tensor]:
-    """The launch for a bias (1|B, 1|Hq, Nq, Nk) or (1, Hq, w, slots), and its partial sums."""
+    """The launch for a bias (1|B, 1|Hq, Nq|1, Nk) or (1, Hq, w, slots), and its partial sums."""
     (B, H, Nq, _), (Bb, Hb, rows, columns) = call.q.shape, bias.shape
-    config = _configuration(call, target, "dbias", 1)
-    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n) * Bb * Hb
+    several, of_slot = is_short(call) and not call.bias_width, 1
+    config = (_short if several else _configuration)(call, target, "dbias", 1)
+    if several:
+        of_slot = config.block_m // max(Nq, columns)
+    programs = triton.cdiv(columns * of_slot, config.block_n) * Bb * Hb
+    if not several:
+        programs *= triton.cdiv(rows, config.block_m)
     shares = B // Bb * (H // Hb) * (triton.cdiv(Nq, call.bias_width) if call.bias_width else 1)
-    slices = min(max(1, _BUSY // programs), shares)
-    partial = torch.empty(slices, *bias.shape, dtype=torch.float32, device=bias.device)
+    slices = min(max(1, _BUSY // programs), triton.cdiv(shares, of_slot))
+    partial = torch.empty(slices * of_slot, *bias.shape, dtype=torch.float32, device=bias.device)
     launch = Launch(_attention_backward_dbias_kernel, programs * slices, {
-        **arguments, "dbias_ptr": partial, "n_batches": B, "bias_batches": Bb,
-        "bias_heads": Hb, "slices": slices, **_tiles(config),
+        **arguments, "dbias_ptr": partial, "n_batches": B, "bias_batches": Bb, "bias_heads": Hb,
+        "bias_rows": rows, "slices": slices, "SEVERAL": several, "items_of_slot": of_slot,
+        "ONE_ROW": rows == 1, **_tiles(config),
     })  # fmt: skip
     return launch, partial
 
@@ -229,29 +246,23 @@ def plan_backward(
     bias is None if its gradient is not wanted; dlse is contiguous; nothing in the call is empty.
     """
     dq, dk, dv = gradients
-    dkv = {
-        "dk_ptr": dk, "dv_ptr": dv, "stride_dk": rows_stride(dk), "stride_dv": rows_stride(dv)
-    }  # fmt: skip
-    for_dq = {
-        "dq_ptr": dq, "stride_dq": rows_stride(dq), "dlse_ptr": dlse, "DLSE": dlse is not None
-    }  # fmt: skip
-    do = {"dout_ptr": dout, "stride_dout": rows_stride(dout)}
-    if is_short(call):
-        kernel = _attention_short_backward_kernel
-        return [_short_launch(kernel, call, target, **do, **for_dq, **dkv, scale=call.scale)], None
-
     (B, H, Nq, _), (Hkv, Nk) = call.q.shape, call.k.shape[1:3]
+    short = is_short(call)
     form = "none" if bias is None else _bias_gradient_form(call, bias)
-    pack = 1 if form in ("head", "shared") else _pack(call)
-    config_dq = _configuration(call, target, "dq", pack)
-    config_dkv = _configuration(call, target, "dkv", pack)
-    tiles = triton.cdiv(Nq * pack, config_dq.block_m)
-    n_stats = tiles * config_dq.block_m
-    level, delta = lse.new_empty(2, B * (H // pack), n_stats)
-    shared = {
-        **_long_kernels(call, target, pack), **do,
-        "level_ptr": level, "delta_ptr": delta, "n_stats": n_stats,
-    }  # fmt: skip
+    if short and form in ("head", "group"):  # their rows are not a kernel's own
+        form = "shared"
+    pack = 1 if form in ("head", "shared") and not short else _pack(call)
+    programs, _, rows = _row_tiles(call, target, "dq", pack)
+    config = _configuration(call, target, "dkv", pack)
+    # Row statistics in packed order, padded to whole tiles of both kernels, or in that of lse.
+    slots, n_stats = B * (H // pack), Nq
+    if not short:
+        block_m = max(rows["BLOCK_M"], config.block_m)
+        n_stats = triton.cdiv(Nq * pack, block_m) * block_m
+        programs = slots * (n_stats // rows["BLOCK_M"])
+    level = delta = None
+    if not short or form == "shared":
+        level, delta = lse.new_empty(2, B * H if short else slots, n_stats)
     partial, store, sums = None, None, None
     if form == "store":
         assert bias is not None
@@ -263,22 +274,30 @@ def plan_backward(
         assert bias is not None
         partial = _lse_bias_gradient(bias, lse, dlse)
 
-    launches = [
-        Launch(_attention_backward_dq_kernel, tiles * (H // pack) * B, {
-            **shared, **for_dq, "out_ptr": out, "lse_ptr": lse, "dbias_ptr": store,
-            "stride_out": rows_stride(out),
-            "stride_dbias": (0, 0, 0) if store is None else rows_stride(store),
-            "scale": call.scale, "PACK": pack, "DBIAS": "none" if store is None else "store",
-            "LOOP": config_dq.loop, **_tiles(config_dq),
-        }),
-        Launch(_attention_backward_dkv_kernel, triton.cdiv(Nk, config_dkv.block_n) * Hkv * B, {
-            **shared, **dkv, "dbias_ptr": sums, "scale": call.scale, "PACK": pack,
-            "DBIAS": "none" if sums is None else form,
-            "LOOP": config_dkv.loop, **_tiles(config_dkv),
-        }),
-    ]  # fmt: skip
+    every = {
+        **_every_kernel(call, target, pack), "dout_ptr": dout, "stride_dout": rows_stride(dout),
+        "level_ptr": level, "delta_ptr": delta, "n_stats": n_stats,
+    }  # fmt: skip
+    both = {
+        **every, "dk_ptr": dk, "dv_ptr": dv, "stride_dk": rows_stride(dk),
+        "stride_dv": rows_stride(dv), "scale": call.scale,
+    }  # fmt: skip
+    launches = [Launch(_attention_backward_dq_kernel, programs, {
+        **both, **rows, "out_ptr": out, "lse_ptr": lse, "dlse_ptr": dlse, "dq_ptr": dq,
+        "dbias_ptr": store, "stride_out": rows_stride(out), "stride_dq": rows_stride(dq),
+        "stride_dbias": (0, 0, 0) if store is None else rows_stride(store),
+        "DBIAS": "none" if store is None else "store", "DLSE": dlse is not None,
+        "STATS": "none" if level is None else "natural" if short else "packed",
+    })]  # fmt: skip
+    if not short:
+        launches.append(Launch(
+            _attention_backward_dkv_kernel, triton.cdiv(Nk, config.block_n) * Hkv * B, {
+                **both, "dbias_ptr": sums, "PACK": pack,
+                "DBIAS": "none" if sums is None else form, "LOOP": config.loop, **_tiles(config),
+            }
+        ))  # fmt: skip
     if form == "shared":
         assert bias is not None
-        launch, partial = _shared_bias_launch(call, target, bias, shared)
+        launch, partial = _shared_bias_launch(call, target, bias, every)
         launches.append(launch)
     return launches, partial

@@ -1,4 +1,4 @@
-"""What all attention kernels share: who owns which rows, and from products q . k to scores.
+"""From products q . k to scores, in all attention kernels.
 
 Scores are kept in base 2 (multiplied by log2(e)), for exp2, unless NATURAL: float32 keeps them as
 they are, at the cost of a multiplication each, because logits of some hundreds lose a digit on the
@@ -7,8 +7,9 @@ way from lse to base 2 and back. Everything that modifies scores travels as one 
     (score_scale, softcap, bias_ptr, stride_bias, mask_ptr, stride_mask, padding_ptr,
      stride_padding)
 
-whose pointers, after scores_at, stand at the batch and head of the program. A bias or mask
-is "none", "keys" (the same for all rows of the tile: one vector is read), "full", or "slots" (a
+whose pointers, after scores_at, stand at the batch and head that places (triton_places.py) are
+relative to. A bias or mask
+is "none", "keys" (the same for all rows that see a key: one vector is read), "full", or "slots" (a
 bias alone: call.py says how it repeats; stride_bias then goes on with its width, before and slots).
 """
 
@@ -17,26 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hierkernels.ops.attention.triton_places import key_places, offsets, row_places, same_item
 from hierkernels.triton_common.tiles import LOG2E, tanh
-
-# Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
-UNSPECIALIZED = [
-    "dropout_threshold", "n_heads", "n_queries", "n_keys", "n_stats",
-    "lo_shift", "lo_rise", "lo_offset", "lo_floor", "hi_shift", "hi_rise", "hi_offset", "hi_floor",
-]  # fmt: skip
-
-
-@triton.jit
-def program_rows(n_rows, n_heads, BLOCK_M: tl.constexpr, PACK: tl.constexpr):
-    """(first row, batch, first head, slot) of a program that owns a tile of rows.
-
-    A slot is one batch and PACK heads. Late rows go first: in causal patterns they see most keys.
-    """
-    tiles = tl.cdiv(n_rows, BLOCK_M)
-    slots = n_heads // PACK
-    slot = tl.program_id(0) // tiles
-    m0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
-    return m0, slot // slots, slot % slots * PACK, slot
 
 
 @triton.jit
@@ -62,23 +45,35 @@ def scores_at(
 
 
 @triton.jit
-def _load_pairs(ptr, stride, rows, keys, n_rows, n_keys, PACK: tl.constexpr, FORM: tl.constexpr):
-    """Elements at (rows, keys), whose shapes broadcast; with FORM "keys" one for each key."""
+def _load_pairs(
+    ptr,
+    stride,
+    rows,
+    columns,
+    slot,
+    PACK: tl.constexpr,
+    SEVERAL: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Elements at (rows, columns), whose shapes broadcast; with FORM "keys" one a column."""
+    key = key_places(columns, slot, PACK, SEVERAL)
     if FORM == "keys":
-        return tl.load(ptr + keys.to(tl.int64) * stride[3], mask=keys < n_keys, other=0)
+        at = offsets(key, (stride[0], stride[1], stride[3]), 1, SEVERAL)
+        return tl.load(ptr + at, mask=columns < slot[2], other=0)
     else:
-        i = rows // PACK
-        ptrs = ptr + keys.to(tl.int64) * stride[3]
+        row = row_places(rows, slot, PACK, SEVERAL)
+        ptrs = ptr + key[2].to(tl.int64) * stride[3]
+        inside = same_item(rows, columns, slot, PACK, SEVERAL)
         if FORM == "slots":
-            row = i % stride[4]
-            first = i - row - stride[5]  # the key of slot 0
-            inside = (keys >= first) & (keys < first + stride[6])
-            ptrs += row.to(tl.int64) * stride[2] - first.to(tl.int64) * stride[3]
+            in_bucket = row[2] % stride[4]
+            first = row[2] - in_bucket - stride[5]  # the key of slot 0
+            inside = (key[2] >= first) & (key[2] < first + stride[6])
+            if SEVERAL:
+                inside = inside & same_item(rows, columns, slot, PACK, SEVERAL)
+            row = (row[0], row[1], in_bucket)
+            ptrs += offsets(row, stride, PACK, SEVERAL) - first.to(tl.int64) * stride[3]
         else:
-            inside = (rows < n_rows) & (keys < n_keys)
-            ptrs += i.to(tl.int64) * stride[2]
-        if PACK > 1:
-            ptrs += (rows % PACK).to(tl.int64) * stride[1]
+            ptrs += offsets(row, stride, PACK, SEVERAL)
         return tl.load(ptrs, mask=inside, other=0)
 
 
@@ -87,10 +82,10 @@ def modified(
     dots,
     mods,
     rows,
-    keys,
-    n_rows,
-    n_keys,
+    columns,
+    slot,
     PACK: tl.constexpr,
+    SEVERAL: tl.constexpr,
     BIAS: tl.constexpr,
     MASK: tl.constexpr,
     PADDING: tl.constexpr,
@@ -100,7 +95,7 @@ def modified(
 ):
     """(scores, slope): scaled, capped and biased, -inf where masked, and d capped / d scaled.
 
-    rows and keys are int32 tiles that broadcast to dots. FUSED: the scores stay unscaled, the
+    rows and columns are int32 tiles that broadcast to dots. FUSED: the scores stay unscaled, the
     caller multiplies them by `score_factor` in the exponent's fused multiply-add.
     """
     score_scale, softcap, bias_ptr, stride_bias, mask_ptr, stride_mask, padding_ptr, stride_p = mods
@@ -113,13 +108,16 @@ def modified(
     elif not FUSED:
         scores = dots * score_scale
     if BIAS != "none":
-        bias = _load_pairs(bias_ptr, stride_bias, rows, keys, n_rows, n_keys, PACK, BIAS)
+        bias = _load_pairs(bias_ptr, stride_bias, rows, columns, slot, PACK, SEVERAL, BIAS)
         scores += bias.to(tl.float32) * (1.0 if NATURAL else LOG2E)
     if MASK != "none":
-        may = _load_pairs(mask_ptr, stride_mask, rows, keys, n_rows, n_keys, PACK, MASK)
+        may = _load_pairs(mask_ptr, stride_mask, rows, columns, slot, PACK, SEVERAL, MASK)
         scores = tl.where(may != 0, scores, float("-inf"))
     if PADDING:
-        real = tl.load(padding_ptr + keys.to(tl.int64) * stride_p[1], mask=keys < n_keys, other=0)
+        at = offsets(
+            key_places(columns, slot, PACK, SEVERAL), (stride_p[0], 0, stride_p[1]), 1, SEVERAL
+        )
+        real = tl.load(padding_ptr + at, mask=columns < slot[2], other=0)
         scores = tl.where(real != 0, scores, float("-inf"))
     return scores, slope
 

@@ -14,8 +14,9 @@ import torch
 
 from hierkernels.ops.causal_sgu.api import make_call
 from hierkernels.ops.causal_sgu.triton_launch import plan_forward, plan_gate, plan_mix, plan_weight
-from hierkernels.triton_common.aot import main
+from hierkernels.triton_common.aot import main, new_tensor
 from hierkernels.triton_common.launch import Launch, Target
+from hierkernels.triton_common.search import Space
 
 
 @dataclass(frozen=True)
@@ -46,29 +47,37 @@ CASES = (
     Case("float32-window", 64, dtype="float32", tokens=5000, window=100, activation="sigmoid"),
 )
 
+# Calls that fill a large device, for `python -m hierkernels.tune`.
+TUNING = (Case("tune", 256, tokens=2048), Case("tune-window", 256, tokens=16384, window=128))
+_SPACE = Space((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4), block_k=(32, 64))
+SPACES = {
+    "causal_sgu_forward": _SPACE,
+    "causal_sgu_backward_gate": _SPACE,
+    "causal_sgu_backward_weight": _SPACE,
+}
+
 
 def spill_limit(case: Case) -> float:
     """Bytes of spill stores that a case may have: none."""
     return 0
 
 
-def plan(case: Case, arch: int) -> list[Launch]:
+def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     """The launches of a case: forward, then backward."""
     dtype, parameters = getattr(torch, case.dtype), getattr(torch, case.weight)
 
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return new_tensor(device, *shape, dtype=dtype)
 
     B, H, N, C = 4, 4, case.tokens, 4 * case.channels
     w = case.window
     rows, columns = (N, N) if w is None else (w, 2 * w)
-    x = empty(B, N, C)
+    x = new(B, N, C)
     call = make_call(
-        x, x, empty(H, rows, columns, dtype=parameters), empty(H, rows, dtype=parameters), window=w,
+        x, x, new(H, rows, columns, dtype=parameters), new(H, rows, dtype=parameters), window=w,
         gate_residual=x if case.gate_residual else None, activation=case.activation,
     )  # fmt: skip
-    target = Target(f"sm_{arch}", "ieee" if dtype == torch.float32 else "tf32")
-    sums = empty(B, N, H, dtype=torch.float32)
+    sums = new(B, N, H, dtype=torch.float32)
     return [
         *plan_forward(call, target, x, x),
         *plan_mix(call, target, x, x, x, x, sums),

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
+from hierkernels.arguments import autocast
 from hierkernels.ops.attention.call import unit_stride
 from hierkernels.ops.causal_sgu import reference
 from hierkernels.ops.causal_sgu import schema as schema  # registers the operators
 from hierkernels.ops.causal_sgu.call import ACTIVATIONS, SguCall
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_activations(tensors: dict[str, Any]) -> None:
@@ -127,18 +127,6 @@ def run(call: SguCall, backend: str | None) -> torch.Tensor:
     return schema.causal_sgu_forward(call, _needs_grad(call), name)
 
 
-def _autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """The activations in the dtype that autocast asks for; the rest is left to the checks."""
-    given = [t for t in tensors if t is not None]
-    if not all(isinstance(t, torch.Tensor) and t.dtype in _AUTOCAST for t in given):
-        return tensors
-    kind = given[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
-
-
 def causal_sgu(
     residual: torch.Tensor,
     gate: torch.Tensor,
@@ -182,7 +170,7 @@ def causal_sgu(
     Source: Liu et al., "Pay Attention to MLPs" (2021), section 2; the causal, multi-headed and
         windowed forms are those of the package g-mlp-gpt.
     """
-    residual, gate, gate_residual = _autocast(residual, gate, gate_residual)
+    residual, gate, gate_residual = autocast(residual, gate, gate_residual)
     call = make_call(
         residual, gate, weight, bias, window=window, gate_residual=gate_residual,
         activation=activation,
@@ -200,5 +188,5 @@ def problem(
     **options: Any,
 ) -> SguCall:
     """The canonical form of a call, as hk.causal_sgu makes it."""
-    residual, gate, gate_residual = _autocast(residual, gate, gate_residual)
+    residual, gate, gate_residual = autocast(residual, gate, gate_residual)
     return make_call(residual, gate, weight, bias, gate_residual=gate_residual, **options)

@@ -5,7 +5,7 @@ A plan only looks at shapes, strides and dtypes: triton.py runs it, aot.py compi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,53 +18,54 @@ from hierkernels.ops.causal_sgu.triton_kernels import (
     _causal_sgu_backward_weight_kernel,
     _causal_sgu_forward_kernel,
 )
+from hierkernels.triton_common.configs import Config, choose
 from hierkernels.triton_common.launch import Launch, Target
 
 # Programs that keep a large device busy; fixed, so that results do not depend on the device.
 _BUSY = 512
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Rows, columns and terms of a tile, and the compiler's options."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
-
-
-# By kernel, for 16-bit products and for those of float32 by fused multiply-adds.
+# Rows (block_m), columns and terms (block_k) of a tile, by kernel, for 16-bit products and for
+# those of float32 by fused multiply-adds.
 _HALF = {
-    "forward": Tiles(128, 128, 32, 8, 3),
-    "gate": Tiles(128, 128, 32, 8, 3),
-    "weight": Tiles(128, 128, 32, 8, 3),
+    "forward": Config(128, 128, 8, 3, block_k=32),
+    "gate": Config(128, 128, 8, 3, block_k=32),
+    "weight": Config(128, 128, 8, 3, block_k=32),
 }
 _SINGLE = {
-    "forward": Tiles(64, 64, 16, 4, 2),
-    "gate": Tiles(64, 64, 16, 4, 2),
-    "weight": Tiles(64, 32, 16, 4, 2),
+    "forward": Config(64, 64, 4, 2, block_k=16),
+    "gate": Config(64, 64, 4, 2, block_k=16),
+    "weight": Config(64, 32, 4, 2, block_k=16),
 }
 # The interpreter takes as long for a small tile as for a large one: few, but of every kind.
 _INTERPRETER = {
-    "forward": Tiles(32, 16, 16, 4, 1),
-    "gate": Tiles(32, 16, 16, 4, 1),
-    "weight": Tiles(32, 16, 16, 4, 1),
+    "forward": Config(32, 16, 4, 1, block_k=16),
+    "gate": Config(32, 16, 4, 1, block_k=16),
+    "weight": Config(32, 16, 4, 1, block_k=16),
 }
 
 
-def _tiles(kernel: str, target: Target, element_size: int, rows: int, channels: int) -> Tiles:
-    """A row of the table, no larger than the problem."""
+_KERNELS = {
+    "forward": "causal_sgu_forward",
+    "gate": "causal_sgu_backward_gate",
+    "weight": "causal_sgu_backward_weight",
+}
+
+
+def _tiles(kernel: str, target: Target, element_size: int, rows: int, channels: int) -> Config:
+    """The configuration, its tile no larger than the problem."""
     if target.family == "interpreter":
         return _INTERPRETER[kernel]
     t = (_SINGLE if element_size == 4 else _HALF)[kernel]
-    odd = kernel == "forward" and channels % 16  # its addresses take more registers
-    m = min(64 if odd else t.m, max(16, triton.next_power_of_2(rows)))
-    most = channels if kernel != "weight" else rows
-    n = min(t.n, max(16, triton.next_power_of_2(most)))
-    warps = t.num_warps if 2 * m * n >= t.m * t.n else 4
-    return Tiles(m, n, t.k, warps, t.num_stages)
+    odd = kernel == "forward" and bool(channels % 16)  # its addresses take more registers
+    most_m = max(16, triton.next_power_of_2(rows))
+    most_n = max(16, triton.next_power_of_2(channels if kernel != "weight" else rows))
+    m, n = min(64 if odd else t.block_m, most_m), min(t.block_n, most_n)
+    warps = t.num_warps if 2 * m * n >= t.block_m * t.block_n else 4
+    t = replace(t, block_m=m, block_n=n, num_warps=warps)
+    bucket = f"{8 * element_size}-bit rows{min(most_m, 128)} columns{min(most_n, 128)}"
+    t = choose(target, _KERNELS[kernel], bucket + (" odd" if odd else ""), t)
+    return replace(t, block_m=min(t.block_m, most_m), block_n=min(t.block_n, most_n))
 
 
 def _strides(t: torch.Tensor | None) -> tuple[int, ...]:
@@ -90,14 +91,10 @@ class Shape:
             "LOOK_BACK": self.look_back, "PRECISION": target.precision,
         }  # fmt: skip
 
-    def programs(self, call: SguCall, tiles: Tiles) -> int:
+    def programs(self, call: SguCall, tiles: Config) -> int:
         """Tiles of rows and channels."""
-        of_head = self.batch * self.buckets * triton.cdiv(self.size, tiles.m)
-        return call.heads * of_head * triton.cdiv(self.dim, tiles.n)
-
-
-def _options(num_warps: int, num_stages: int) -> dict[str, int]:
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        of_head = self.batch * self.buckets * triton.cdiv(self.size, tiles.block_m)
+        return call.heads * of_head * triton.cdiv(self.dim, tiles.block_n)
 
 
 def plan_forward(
@@ -112,8 +109,9 @@ def plan_forward(
         "stride_residual": _strides(call.residual), "stride_gate": _strides(call.gate),
         "stride_weight": _strides(call.weight), "stride_bias": call.bias.stride(),
         "stride_gate_residual": _strides(call.gate_residual), "stride_out": _strides(out),
-        "ACTIVATION": call.activation, "BLOCK_M": tiles.m, "BLOCK_C": tiles.n, "BLOCK_K": tiles.k,
-        **_options(tiles.num_warps, tiles.num_stages),
+        "ACTIVATION": call.activation, "BLOCK_M": tiles.block_m, "BLOCK_C": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        **tiles.compiler_options(),
     }  # fmt: skip
     return [Launch(_causal_sgu_forward_kernel, shape.programs(call, tiles), arguments)]
 
@@ -136,7 +134,7 @@ def plan_mix(
         "stride_z": _strides(z), "stride_dout": _strides(dout), "stride_dmix": _strides(dmix),
         "n_tokens": shape.tokens, "heads": call.heads, "dim": shape.dim,
         "ACTIVATION": call.activation, "BLOCK_M": block_m, "BLOCK_C": block_c,
-        "PRECISION": target.precision, **_options(4, 1),
+        "PRECISION": target.precision, **Config(block_m, block_c, 4, 1).compiler_options(),
     }  # fmt: skip
     programs = shape.batch * triton.cdiv(shape.tokens, block_m) * call.heads
     return [Launch(_causal_sgu_backward_mix_kernel, programs, arguments)]
@@ -151,8 +149,8 @@ def plan_gate(
     arguments = shape.arguments(call, target) | {
         "weight_ptr": call.weight, "dmix_ptr": dmix, "dgate_ptr": dgate,
         "stride_weight": _strides(call.weight), "stride_dmix": _strides(dmix),
-        "stride_dgate": _strides(dgate), "BLOCK_M": tiles.m, "BLOCK_C": tiles.n,
-        "BLOCK_K": tiles.k, **_options(tiles.num_warps, tiles.num_stages),
+        "stride_dgate": _strides(dgate), "BLOCK_M": tiles.block_m, "BLOCK_C": tiles.block_n,
+        "BLOCK_K": tiles.block_k, **tiles.compiler_options(),
     }  # fmt: skip
     return [Launch(_causal_sgu_backward_gate_kernel, shape.programs(call, tiles), arguments)]
 
@@ -168,7 +166,7 @@ def plan_weight(
     H, rows, columns = call.weight.shape
     tiles = _tiles("weight", target, call.gate.element_size(), shape.size, shape.dim)
     halves = 2 if call.window else 1
-    programs = H * triton.cdiv(rows, tiles.m) * triton.cdiv(rows, tiles.n) * halves
+    programs = H * triton.cdiv(rows, tiles.block_m) * triton.cdiv(rows, tiles.block_n) * halves
     items = shape.batch * shape.buckets
     of_split = triton.cdiv(items, max(1, min(items, _BUSY // programs)))
     splits = triton.cdiv(items, of_split)
@@ -178,7 +176,8 @@ def plan_weight(
         "gate_ptr": call.gate, "dmix_ptr": dmix, "dweight_ptr": partial,
         "stride_gate": _strides(call.gate), "stride_dmix": _strides(dmix),
         "stride_dweight": partial.stride()[:3], "heads": H, "width": rows,
-        "items_of_split": of_split, "BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_C": tiles.k,
-        **_options(tiles.num_warps, tiles.num_stages),
+        "items_of_split": of_split, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+        "BLOCK_C": tiles.block_k,
+        **tiles.compiler_options(),
     }  # fmt: skip
     return [Launch(_causal_sgu_backward_weight_kernel, programs * splits, arguments)], partial

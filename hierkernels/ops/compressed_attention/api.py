@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
-from hierkernels.arguments import check_flag, check_int
+from hierkernels.arguments import autocast, check_flag, check_int
 from hierkernels.key_range import KeyRange
 from hierkernels.ops.attention import api as attention
 from hierkernels.ops.attention.call import AttentionCall
@@ -106,7 +106,7 @@ def compressed_attention(
 
     Source: Yuan et al., "Native Sparse Attention" (2025), section 3.3.1.
     """
-    q, k_cmp, v_cmp = attention.autocast(q, k_cmp, v_cmp)
+    q, k_cmp, v_cmp = autocast(q, k_cmp, v_cmp)
     call = make_call(
         q, k_cmp, v_cmp, stride=stride, first_end=first_end, num_memory=num_memory, strict=strict,
         is_causal=is_causal, query_offset=query_offset, scale=scale,
@@ -124,4 +124,4 @@ def problem(
     **options: Any,
 ) -> AttentionCall:
     """The canonical form of a call, as hk.compressed_attention hands it to attention's backends."""
-    return make_call(*attention.autocast(q, k_cmp, v_cmp), **options).attention
+    return make_call(*autocast(q, k_cmp, v_cmp), **options).attention

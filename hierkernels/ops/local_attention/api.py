@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
-from hierkernels.arguments import check_flag, check_int
+from hierkernels.arguments import autocast, check_flag, check_int
 from hierkernels.key_range import KeyRange
 from hierkernels.ops.attention import api as attention
 from hierkernels.ops.attention.call import AttentionCall
@@ -148,7 +148,7 @@ def local_attention(
     Source: the package local-attention, after Roy et al., "Efficient Content-Based Sparse
     Attention with Routing Transformers" (2021), section 4.
     """
-    q, k, v = attention.autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     call = make_call(
         q, k, v, window_size, is_causal=is_causal,
         look_backward=look_backward, look_forward=look_forward, exact_window=exact_window,
@@ -169,5 +169,5 @@ def problem(
     **options: Any,
 ) -> AttentionCall:
     """The canonical form of a call, as hk.local_attention hands it to the backends of attention."""
-    q, k, v = attention.autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     return make_call(q, k, v, window_size, **options).attention

@@ -146,7 +146,7 @@ def _speed_cases() -> Iterator[LocalCase]:
         yield _speed("local-head-dim", 8192, 128, d, quick=False)
     yield _speed("local-options", 8192, 128, name="bucketed", exact_window=False, quick=False)
     yield _speed("local-options", 8192, 128, name="both", is_causal=False, quick=False)
-    yield _speed("local-options", 8192, 128, name="bias", bias="slots")
+    yield _speed("local-options", 8192, 128, name="bias", bias="slots", quick=False)
     yield _speed("local-options", 8192, 128, name="zero", zero_lookback=True, quick=False)
 
 

@@ -44,7 +44,7 @@ def spill_limit(case: Case) -> float:
     return 0
 
 
-def plan(case: Case, arch: int) -> list[Launch]:
+def plan(case: Case, target: Target) -> list[Launch]:
     """The launches of a case: forward and backward, tensors with heads beside channels."""
     elements: torch.dtype = getattr(torch, case.dtype)
 
@@ -54,7 +54,7 @@ def plan(case: Case, arch: int) -> list[Launch]:
 
     gates, dgates = empty(3), empty(3)
     first, second, third, out = (empty(case.channels) for _ in range(4))
-    parts, target = (first, second, third), Target(f"sm_{arch}", "tf32")
+    parts = first, second, third
     return [
         plan_forward(gates, parts, out, target),
         plan_backward(gates, parts, out, dgates, parts, target),

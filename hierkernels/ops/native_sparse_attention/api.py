@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
-from hierkernels.arguments import check_flag, check_int
+from hierkernels.arguments import autocast, check_flag, check_int
 from hierkernels.ops.attention import api as attention
 from hierkernels.ops.native_sparse_attention import reference
 from hierkernels.ops.native_sparse_attention.branches import branches
@@ -40,12 +40,6 @@ def _check_like(name: str, t: torch.Tensor, like_name: str, like: torch.Tensor) 
             f"{name} must have the shape of {like_name} {tuple(like.shape)}, got {tuple(t.shape)}"
         )
     return t
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """As attention.autocast, for tensors some of which may be None."""
-    cast = iter(attention.autocast(*(t for t in tensors if t is not None)))
-    return tuple(None if t is None else next(cast) for t in tensors)
 
 
 def make_call(
@@ -211,7 +205,7 @@ def native_sparse_attention(
     Source: Yuan et al., "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse
     Attention" (2025), section 3.
     """
-    q, k, v, k_cmp, v_cmp, q_cmp, k_window, v_window = _autocast(
+    q, k, v, k_cmp, v_cmp, q_cmp, k_window, v_window = autocast(
         q, k, v, k_cmp, v_cmp, q_cmp, k_window, v_window
     )
     call = make_call(
@@ -235,7 +229,7 @@ def problem(
 ) -> SelectedCall:
     """The canonical form of the selected branch, the largest part, with no block selected."""
     extra = (options.pop(name, None) for name in ("q_cmp", "k_window", "v_window"))
-    q, k, v, k_cmp, v_cmp, q_cmp, k_window, v_window = _autocast(q, k, v, k_cmp, v_cmp, *extra)
+    q, k, v, k_cmp, v_cmp, q_cmp, k_window, v_window = autocast(q, k, v, k_cmp, v_cmp, *extra)
     call = make_call(
         q, k, v, k_cmp, v_cmp, gates, q_cmp=q_cmp, k_window=k_window, v_window=v_window, **options
     )

@@ -1,27 +1,30 @@
 """The sum of the branches, each times its gate.
 
-On CPUs it is a percent or two of the operator, and PyTorch's own operations are used, in few passes
-and without a stack of the branches. On GPUs, where the branches are fast and this moves as many
-bytes as they do, a kernel of its own reads every tensor once.
+PyTorch's own operations take several passes over memory, and on CPUs new memory for each, which
+costs more than what is written to it. A kernel reads and writes every tensor once.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from hierkernels.eager import is_unwatched
+from hierkernels.native import native
+from hierkernels.ops.native_sparse_attention import cpu_gated_sum
 from hierkernels.ops.native_sparse_attention.branches import Branches
 
 
 class _GatedSum(torch.autograd.Function):
     @staticmethod
-    def forward(by_kernel: bool, gates: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
-        if by_kernel:
-            from hierkernels.ops.native_sparse_attention import triton_gated_sum
-
-            return triton_gated_sum.forward(gates, parts)
+    def forward(
+        kernels: ModuleType | None, gates: torch.Tensor, *parts: torch.Tensor
+    ) -> torch.Tensor:
+        if kernels is not None:
+            return kernels.forward(gates, parts)
         a, b, c = gates.unsqueeze(-2).unbind(-1)
         out = parts[0] * a
         out.addcmul_(parts[1], b)
@@ -29,18 +32,15 @@ class _GatedSum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.by_kernel, *tensors = inputs
+        ctx.kernels, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gates, *parts = ctx.saved_tensors
-        if ctx.by_kernel:
-            from hierkernels.ops.native_sparse_attention import triton_gated_sum
-
-            return None, *triton_gated_sum.backward(gates, tuple(parts), grad)
-        # Large new memory costs more than what is written to it: one product after another.
+        if ctx.kernels is not None:
+            return None, *ctx.kernels.backward(gates, tuple(parts), grad)
         product, dgates = torch.empty_like(parts[0]), torch.empty_like(gates)
         for part, dgate in zip(parts, dgates.unbind(-1), strict=True):
             dgate.copy_(torch.mul(grad, part, out=product).sum(-1))
@@ -48,17 +48,23 @@ class _GatedSum(torch.autograd.Function):
         return None, dgates, grad * a, grad * b, torch.mul(grad, c, out=product)
 
 
-def _has_kernel(t: torch.Tensor, backend: str | None) -> bool:
-    """Whether Triton computes it: where it is asked for, and on GPUs if nothing is."""
-    if backend == "triton":
-        return True
-    if backend is not None or not t.is_cuda:
-        return False
+def _triton(t: torch.Tensor, backend: str | None) -> ModuleType | None:
+    """Triton's kernels, where they are asked for, and on GPUs if nothing is."""
+    if backend != "triton" and (backend is not None or not t.is_cuda):
+        return None
     try:
-        from hierkernels.ops.native_sparse_attention.triton_gated_sum import DTYPES
+        from hierkernels.ops.native_sparse_attention import triton_gated_sum
     except ImportError:
-        return False
-    return t.dtype in DTYPES
+        return None
+    return triton_gated_sum if backend or t.dtype in triton_gated_sum.DTYPES else None
+
+
+def _kernels(tensors: tuple[torch.Tensor, ...], backend: str | None) -> ModuleType | None:
+    """The kernels that compute it; None: PyTorch's operations do."""
+    if tensors[0].is_cuda or backend == "triton":
+        return _triton(tensors[1], backend)
+    is_plain = native() is not None and is_unwatched(tensors)
+    return cpu_gated_sum if is_plain and tensors[1].dtype in cpu_gated_sum.DTYPES else None
 
 
 def gated_sum(gates: torch.Tensor, parts: Branches, backend: str | None) -> torch.Tensor:
@@ -67,4 +73,4 @@ def gated_sum(gates: torch.Tensor, parts: Branches, backend: str | None) -> torc
     if torch.compiler.is_compiling():  # which fuses the passes itself
         a, b, c = gates.unsqueeze(-2).unbind(-1)
         return parts[0] * a + parts[1] * b + parts[2] * c
-    return _GatedSum.apply(_has_kernel(parts[0], backend), gates, *parts)
+    return _GatedSum.apply(_kernels((gates, *parts), backend), gates, *parts)

@@ -15,8 +15,9 @@ import torch
 
 from hierkernels.ops.select_blocks import triton_launch
 from hierkernels.ops.select_blocks.api import make_call
-from hierkernels.triton_common.aot import main
+from hierkernels.triton_common.aot import main, new_tensor
 from hierkernels.triton_common.launch import Launch, Target
+from hierkernels.triton_common.search import Space
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ CASES = (
     Case("float32-logit", 128, 8, 2, 16, 8, 16, 4, "logit", dtype="float32"),
 )
 
+# Calls that fill a large device, for `python -m hierkernels.tune`.
+TUNING = (
+    Case("paper", 128, 64, 4, 32, 16, 64, 16),
+    Case("package", 64, 8, 2, 16, 8, 16, 4),
+    Case("package-logit", 64, 8, 2, 16, 16, 16, 4, scoring="logit"),
+)
+SPACES = {
+    "select_blocks_probability": Space((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)),
+    "select_blocks_logit": Space((32, 64, 128), (16, 32, 64), (4, 8), (1, 2, 3)),
+}
+
 
 def spill_limit(case: Case) -> float:
     """Bytes of spill stores that a case may have."""
@@ -66,23 +78,22 @@ def spill_limit(case: Case) -> float:
     return 256 if case.scoring == "logit" and case.channels > 128 else 0
 
 
-def plan(case: Case, arch: int) -> list[Launch]:
+def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     """The launch of a case."""
     elements: torch.dtype = getattr(torch, case.dtype)
     queries = case.queries or case.tokens
     windows = (case.tokens - case.window) // case.stride + 1
-    q = torch.empty(1, case.heads, queries, case.channels, dtype=elements, device="meta")
-    k = torch.empty(1, case.kv_heads, windows, case.channels, dtype=elements, device="meta")
+    q = new_tensor(device, 1, case.heads, queries, case.channels, dtype=elements)
+    k = new_tensor(device, 1, case.kv_heads, windows, case.channels, dtype=elements)
     options: dict[str, Any] = {}
     if case.scoring == "probability":
-        lse = torch.empty(q.shape[:3], device="meta")
+        lse = new_tensor(device, *q.shape[:3], dtype=torch.float32)
         options = {"lse": lse, "window_size": case.window, "num_initial": 1, "num_local": 2}
     call = make_call(
         q, k, num_selected=case.selected, block_size=case.block, stride=case.stride,
         first_end=case.window - 1, scoring=case.scoring, num_keys=case.tokens,
         query_offset=case.tokens - queries, shared=case.shared, **options,
     )  # fmt: skip
-    target = Target(f"sm_{arch}", "ieee" if elements == torch.float32 else "tf32")
     return [triton_launch.plan(call, target, call.new_indices())]
 
 

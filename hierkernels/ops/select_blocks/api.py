@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
-from hierkernels.arguments import check_flag, check_int
-from hierkernels.ops.attention.api import FLOATS, autocast, check_number, check_qkv
+from hierkernels.arguments import autocast, check_flag, check_int
+from hierkernels.ops.attention.api import FLOATS, check_number, check_qkv
 from hierkernels.ops.attention.call import unit_stride
 from hierkernels.ops.select_blocks import reference, schema
 from hierkernels.ops.select_blocks.call import SelectCall
@@ -169,7 +169,7 @@ def select_blocks(
     """For each query, the n blocks of keys whose compressed tokens it scores highest.
 
     Block j holds the keys j S <= position < (j + 1) S. Scores are made tile by tile and reduced to
-    the best n at once: on cpu and triton no (Nq x W) tensor is ever stored. Equal scores: the
+    the best n at once: no kernel ever stores an (Nq x W) tensor. Equal scores: the
     lower block first. A score that is NaN counts as the lowest.
 
     scoring="probability": the score is the sum, over the group's heads and the windows, of the
@@ -207,7 +207,7 @@ def select_blocks(
         shared: the heads of a group choose together; False: each query head chooses for itself.
         scale: of the scores; None = D ** -0.5.
         return_probabilities: also return p, for scoring="logit".
-        backend: "triton", "cpu" or "reference"; None = the fastest supported.
+        backend: "cuda", "triton", "cpu" or "reference"; None = the fastest supported.
 
     Returns:
         indices (B, Hkv, Nq, n) int32, (B, Hq, Nq, n) if not shared: ascending, then -1 where there

@@ -6,6 +6,7 @@ import torch
 
 from hierkernels.native import native, native_error
 from hierkernels.ops.select_blocks.call import SelectCall
+from hierkernels.ops.select_blocks.means import mean_keys
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_LENGTH = 2**31 - 2**16  # positions are 32-bit integers
@@ -25,12 +26,6 @@ def supports(call: SelectCall) -> list[str]:
     return reasons
 
 
-def _mean_keys(call: SelectCall) -> torch.Tensor:
-    """The blocks' mean keys (B, Hkv, J, D), whose products with q are the mean logits."""
-    J, r = call.num_blocks, call.windows_per_block
-    return call.k_cmp[:, :, : J * r].to(call.lse_dtype).unflatten(2, (J, r)).mean(3)
-
-
 def forward(call: SelectCall) -> torch.Tensor:
     """indices."""
     indices = call.new_indices()
@@ -39,7 +34,7 @@ def forward(call: SelectCall) -> torch.Tensor:
         call.first_chunk,
     )  # fmt: skip
     if call.lse is None:  # a block is a window of its own
-        k, visible, r, chunks, first_chunk = _mean_keys(call), call.candidates.hi, 1, 1, 0
+        k, visible, r, chunks, first_chunk = mean_keys(call), call.candidates.hi, 1, 1, 0
     native().select_blocks(
         call.q, k, call.lse, call.heads, visible, call.candidates.hi,
         (

@@ -5,7 +5,7 @@ A plan only looks at shapes, strides and dtypes: triton.py runs it, aot.py compi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,23 +17,14 @@ from hierkernels.ops.select_blocks.triton_kernels import (
     _select_blocks_logit_kernel,
     _select_blocks_probability_kernel,
 )
+from hierkernels.triton_common.configs import Config, channels_bucket, choose
 from hierkernels.triton_common.key_range import range_arguments
 from hierkernels.triton_common.launch import Launch, Target
 from hierkernels.triton_common.tiles import LOG2E, padded, rows_stride
 
-
-@dataclass(frozen=True)
-class Config:
-    """block_m queries by block_n blocks."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# (kernel, bytes of an element, channels up to): what compiles without spills, but for logits of
-# more than 128 channels, and within 99 KiB of shared memory (hierkernels.ops.select_blocks.aot).
+# (kernel, bytes of an element, channels up to): block_m queries by block_n blocks; what compiles
+# without spills, but for logits of more than 128 channels, and within 99 KiB of shared memory
+# (hierkernels.ops.select_blocks.aot).
 _CONFIGS = {
     ("probability", 2, 64): Config(128, 64, 8, 3),
     ("probability", 2, 128): Config(128, 64, 8, 2),
@@ -56,15 +47,17 @@ _PLACES = 2**15
 
 
 def _configuration(call: SelectCall, target: Target, kernel: str, top: int) -> Config:
-    D, Nq = call.q.shape[-1], call.q.shape[2]
-    if target.family == "interpreter":
-        config = _INTERPRETER
-    else:
-        bucket = 64 if D <= 64 else 128 if D <= 128 else 256
-        config = _CONFIGS[kernel, call.q.element_size(), bucket]
-    rows = min(config.block_m, triton.next_power_of_2(Nq), _PLACES // top**2)
+    Nq, size, bucket = call.q.shape[2], call.q.element_size(), channels_bucket(call.q.shape[-1])
+    interpreted = target.family == "interpreter"
+    config = _INTERPRETER if interpreted else _CONFIGS[kernel, size, bucket]
+    most = max(16, min(triton.next_power_of_2(Nq), _PLACES // top**2))
+    rows = min(config.block_m, most)
     warps = config.num_warps if 2 * rows >= config.block_m else 4
-    return Config(max(rows, 16), config.block_n, warps, config.num_stages)
+    config = replace(config, block_m=rows, num_warps=warps)
+    if not interpreted:
+        name = f"{8 * size}-bit d{bucket} rows{min(most, 128)} top{top}"
+        config = choose(target, f"select_blocks_{kernel}", name, config)
+    return replace(config, block_m=min(config.block_m, most))
 
 
 def ranges(call: SelectCall) -> dict[str, int] | None:

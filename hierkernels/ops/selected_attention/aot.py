@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from hierkernels.ops.selected_attention.api import make_call
 from hierkernels.ops.selected_attention.triton_launch import (
@@ -19,8 +20,9 @@ from hierkernels.ops.selected_attention.triton_launch import (
     plan_keys,
     plan_queries,
 )
-from hierkernels.triton_common.aot import main
+from hierkernels.triton_common.aot import main, new_tensor
 from hierkernels.triton_common.launch import Launch, Target
+from hierkernels.triton_common.search import Space
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,18 @@ CASES = (
     Case("float32", 128, 64, 4, 64, 16, dtype="float32"),
 )
 
+# Calls that fill a large device, for `python -m hierkernels.tune`.
+TUNING = (
+    Case("paper", 128, 64, 4, 64, 16),
+    Case("package", 64, 8, 2, 16, 4),
+    Case("per-head", 128, 16, 4, 64, 16, per_head=True),
+)
+SPACES = {
+    "selected_attention_forward": Space((16,), (16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3, 4)),
+    "selected_attention_backward_dq": Space((16,), (16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3)),
+    "selected_attention_backward_dkv": Space((16, 32, 64, 128), (16, 32, 64), (4, 8), (1, 2, 3)),
+}
+
 
 def spill_limit(case: Case) -> float:
     """Bytes of spill stores that a case may have."""
@@ -68,27 +82,30 @@ def spill_limit(case: Case) -> float:
     return float("inf") if case.dtype == "float32" else 0
 
 
-def plan(case: Case, arch: int) -> list[Launch]:
+def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     """The launches of a case: forward, then backward with the gradient of the weights."""
     elements: torch.dtype = getattr(torch, case.dtype)
 
-    def empty(*shape: int, dtype: torch.dtype = elements) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def new(*shape: int, dtype: torch.dtype = elements) -> torch.Tensor:
+        return new_tensor(device, *shape, dtype=dtype)
 
     queries, heads = case.queries or case.tokens, case.heads if case.per_head else case.kv_heads
-    indices = empty(1, heads, queries, case.named, dtype=torch.int32)
+    indices = new(1, heads, queries, case.named, dtype=torch.int32)
+    if device != "meta":
+        indices.random_(0, triton.cdiv(case.tokens, case.block_size))
     call = make_call(
-        empty(1, case.heads, queries, case.channels),
-        empty(1, case.kv_heads, case.tokens, case.channels),
-        empty(1, case.kv_heads, case.tokens, case.channels),
+        new(1, case.heads, queries, case.channels),
+        new(1, case.kv_heads, case.tokens, case.channels),
+        new(1, case.kv_heads, case.tokens, case.channels),
         indices, block_size=case.block_size, include_own_block=case.own,
-        block_weights=empty(*indices.shape) if case.weights else None,
+        block_weights=new(*indices.shape) if case.weights else None,
     )  # fmt: skip
-    target = Target(f"sm_{arch}", "ieee" if elements == torch.float32 else "tf32")
     out, lse = call.new_outputs()
     dq, dk, dv = call.new_gradients()
     dweights = call.new_weights_gradient() if case.weights else None
     launches, lists, stats = plan_queries(call, target, (out, lse), (out, lse), dq, dweights)
+    if device != "meta":  # the inverse is made from lists that are filled
+        launches[0].run()
     keys = plan_keys(call, target, inverse_of(call, target, lists), stats, out, dk, dv)
     return [*plan_forward(call, target, out, lse), launches[-1], *keys]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
+from hierkernels.arguments import autocast
 from hierkernels.eager import is_unwatched
 from hierkernels.ops.attention import api as attention
 from hierkernels.ops.selected_attention import reference
@@ -165,7 +166,7 @@ def selected_attention(
     """
     if check_indices is not None:
         _check_flag("check_indices", check_indices)
-    q, k, v = attention.autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     call = make_call(
         q, k, v, block_indices, block_size=block_size, block_weights=block_weights,
         include_own_block=include_own_block, is_causal=is_causal, scale=scale,
@@ -185,5 +186,5 @@ def problem(
     **options: Any,
 ) -> SelectedCall:
     """The canonical form of a call, as hk.selected_attention makes it."""
-    q, k, v = attention.autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     return make_call(q, k, v, block_indices, **options)

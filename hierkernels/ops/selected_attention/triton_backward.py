@@ -17,9 +17,12 @@ import triton.language as tl
 from hierkernels.ops.selected_attention.triton_blocks import (
     UNSPECIALIZED,
     block_scores,
-    column_weight,
     count_tiles,
-    tile_keys,
+    load_heads,
+    program_query,
+    query_list,
+    scored_tile,
+    store_heads,
 )
 from hierkernels.triton_common.tiles import (
     LOG2E,
@@ -84,33 +87,19 @@ def _selected_attention_backward_dq_kernel(
 
     dweights is contiguous, float32, and holds zeros.
     """
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(0) % n_queries
-    pair = tl.program_id(0) // n_queries  # of batch and index head
-    b = (pair // (n_heads // PACK)).to(tl.int64)
-    h = (pair % (n_heads // PACK) * PACK).to(tl.int64)
-    at = i.to(tl.int64)
+    query = program_query(n_heads, n_queries, PACK)
+    row, i, b, h = query
     k_ptr += b * stride_k[0] + h // GROUP * stride_k[1]
     v_ptr += b * stride_v[0] + h // GROUP * stride_v[1]
-    list_at = lists_ptr + row * n_columns
-    count = tl.load(counts_ptr + row)
-    stop = n_keys
-    if CAUSAL:
-        stop = tl.minimum(i + first_position + 1, n_keys)
-    if WEIGHTED:
-        weights_at = (
-            weights_ptr + b * stride_weights[0] + h // PACK * stride_weights[1]
-            + at * stride_weights[2]
-        )  # fmt: skip
+    visible = query_list(
+        lists_ptr, counts_ptr, weights_ptr, stride_weights, query, n_keys, n_columns,
+        first_position, PACK, CAUSAL, WEIGHTED,
+    )  # fmt: skip
 
     heads = tl.arange(0, BLOCK_M)
-    q_ptr += b * stride_q[0] + h * stride_q[1] + at * stride_q[2]
-    out_ptr += b * stride_out[0] + h * stride_out[1] + at * stride_out[2]
-    dout_ptr += b * stride_dout[0] + h * stride_dout[1] + at * stride_dout[2]
-    dq_ptr += b * stride_dq[0] + h * stride_dq[1] + at * stride_dq[2]
-    q = load_rows(q_ptr, heads, PACK, (0, 0, stride_q[1]), 1, D, BLOCK_D, True)
-    o = load_rows(out_ptr, heads, PACK, (0, 0, stride_out[1]), 1, DV, BLOCK_DV, True)
-    do = load_rows(dout_ptr, heads, PACK, (0, 0, stride_dout[1]), 1, DV, BLOCK_DV, True)
+    q = load_heads(q_ptr, stride_q, query, PACK, BLOCK_M, D, BLOCK_D)
+    o = load_heads(out_ptr, stride_out, query, PACK, BLOCK_M, DV, BLOCK_DV)
+    do = load_heads(dout_ptr, stride_dout, query, PACK, BLOCK_M, DV, BLOCK_DV)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
     lse_at = (b * n_heads + h + heads) * n_queries + i
     lse = tl.load(lse_ptr + lse_at, mask=heads < PACK, other=float("-inf"))
@@ -125,17 +114,13 @@ def _selected_attention_backward_dq_kernel(
     factor = score_scale if FUSED else 1.0
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dweight = 0.0
-    for t in range(count_tiles(count, BLOCK_SIZE, BLOCK_N, GATHER)):
-        column, keys = tile_keys(list_at, t, count, stop, n_keys, BLOCK_SIZE, BLOCK_N, GATHER)
-        k = load_rows(k_ptr, keys, n_keys, stride_k, 1, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    for t in range(count_tiles(visible[1], BLOCK_SIZE, BLOCK_N, GATHER)):
+        column, weight, keys, k, dots, s = scored_tile(
+            q, k_ptr, t, visible, stride_k, stride_weights[3], score_scale, n_keys, D, BLOCK_D,
+            BLOCK_N, BLOCK_SIZE, OWN, WEIGHTED, FUSED, GATHER, PRECISION,
+        )  # fmt: skip
         v = load_rows(v_ptr, keys, n_keys, stride_v, 1, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
-        dots = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
         dp = dot(do, tl.trans(v), None, PRECISION)
-        weight = 1.0
-        if WEIGHTED:
-            weight = column_weight(weights_at, stride_weights[3], column, count, OWN)
-        s = block_scores(dots, weight, score_scale, WEIGHTED, FUSED, GATHER)
-        s = tl.where((keys < n_keys)[None, :], s, float("-inf"))
         p = powers(s, level[:, None], factor, NATURAL, PRECISION)
         ds = p * (dp - delta[:, None])
         if DWEIGHTS:
@@ -148,8 +133,8 @@ def _selected_attention_backward_dq_kernel(
         if WEIGHTED:
             ds = block_scores(ds, weight, 1.0, True, False, GATHER)
         acc = dot(rounded(ds, k.dtype, PRECISION), k, acc, PRECISION)
-    dq_stride = (0, 0, stride_dq[1])
-    store_rows(dq_ptr, heads, PACK, dq_stride, acc * scale, 1, D, BLOCK_D, PRECISION)
+    acc *= scale
+    store_heads(dq_ptr, stride_dq, query, acc, PACK, BLOCK_M, D, BLOCK_D, PRECISION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hierkernels.triton_common.tiles import dot, load_rows, store_rows
+
 # Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
 UNSPECIALIZED = [
     "n_rows", "n_heads", "n_queries", "n_keys", "n_columns", "n_blocks", "first_position",
@@ -155,3 +157,112 @@ def block_scores(
         return dots
     else:
         return dots * score_scale
+
+
+# ---- the query-major kernels, forward and dQ: a program for each query and index head ----
+
+
+@triton.jit
+def program_query(n_heads, n_queries, PACK: tl.constexpr):
+    """(row of the lists, query, batch, first head) of a program; all but the query are int64."""
+    i = tl.program_id(0) % n_queries
+    pair = tl.program_id(0) // n_queries  # of batch and index head
+    b = (pair // (n_heads // PACK)).to(tl.int64)
+    h = (pair % (n_heads // PACK) * PACK).to(tl.int64)
+    return tl.program_id(0).to(tl.int64), i, b, h
+
+
+@triton.jit
+def query_list(
+    lists_ptr,
+    counts_ptr,
+    weights_ptr,
+    stride_weights,
+    query,
+    n_keys,
+    n_columns,
+    first_position,
+    PACK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    """(list, its used columns, end of the keys that are seen, weights or 0) of program_query."""
+    row, i, b, h = query
+    stop = n_keys
+    if CAUSAL:
+        stop = tl.minimum(i + first_position + 1, n_keys)
+    weights_at = 0
+    if WEIGHTED:
+        weights_at = (
+            weights_ptr + b * stride_weights[0] + h // PACK * stride_weights[1]
+            + i.to(tl.int64) * stride_weights[2]
+        )  # fmt: skip
+    return lists_ptr + row * n_columns, tl.load(counts_ptr + row), stop, weights_at
+
+
+@triton.jit
+def load_heads(
+    ptr,
+    stride,
+    query,
+    PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The [BLOCK_M, BLOCK_D] tile of the heads of program_query; stride is (batch, head, token)."""
+    _row, i, b, h = query
+    ptr += b * stride[0] + h * stride[1] + i.to(tl.int64) * stride[2]
+    return load_rows(ptr, tl.arange(0, BLOCK_M), PACK, (0, 0, stride[1]), 1, D, BLOCK_D, True)
+
+
+@triton.jit
+def store_heads(
+    ptr,
+    stride,
+    query,
+    tile,
+    PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Stores what load_heads would load."""
+    _row, i, b, h = query
+    ptr += b * stride[0] + h * stride[1] + i.to(tl.int64) * stride[2]
+    heads, of_head = tl.arange(0, BLOCK_M), (0, 0, stride[1])
+    store_rows(ptr, heads, PACK, of_head, tile, 1, D, BLOCK_D, PRECISION)
+
+
+@triton.jit
+def scored_tile(
+    q,
+    k_ptr,
+    t,
+    visible,
+    stride_k,
+    stride_weight,
+    score_scale,
+    n_keys,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    OWN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    FUSED: tl.constexpr,
+    GATHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(column, weight, keys, k, products, scores) of tile t; visible: query_list, -inf: unseen."""
+    list_at, count, stop, weights_at = visible
+    column, keys = tile_keys(list_at, t, count, stop, n_keys, BLOCK_SIZE, BLOCK_N, GATHER)
+    k = load_rows(k_ptr, keys, n_keys, stride_k, 1, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    dots = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+    weight = 1.0
+    if WEIGHTED:
+        weight = column_weight(weights_at, stride_weight, column, count, OWN)
+    s = block_scores(dots, weight, score_scale, WEIGHTED, FUSED, GATHER)
+    s = tl.where((keys < n_keys)[None, :], s, float("-inf"))
+    return column, weight, keys, k, dots, s

@@ -1,4 +1,6 @@
-"""Tile sizes, warps and stages of each kernel; nothing is tuned during a user's step.
+"""Tile sizes, warps and stages of each kernel, where no table has measured ones (configs.py).
+
+Query-major kernels: block_n keys a tile. Key-major: block_n keys by block_m rows.
 
 The table holds what compiles without spills and within the 99 KiB of shared memory that the
 smallest devices have (hierkernels.ops.selected_attention.aot checks it).
@@ -6,28 +8,12 @@ smallest devices have (hierkernels.ops.selected_attention.aot checks it).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import triton
 
+from hierkernels.triton_common.configs import Config, channels_bucket, choose
 from hierkernels.triton_common.launch import Target
-
-
-@dataclass(frozen=True)
-class Config:
-    """Query-major kernels: block_n keys a tile. Key-major: block_n keys by block_m rows."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    def compiler_options(self) -> dict[str, int | bool]:
-        """What to launch with."""
-        return {
-            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True
-        }  # fmt: skip
-
 
 # (kernel, channels up to) -> configuration for 16-bit elements; block_m of forward and dq is the
 # least, the heads that share a choice may need more rows.
@@ -60,6 +46,11 @@ INTERPRETER = {
     "dq": Config(16, 16, 4, 1),
     "dkv": Config(32, 16, 4, 1),
 }
+KERNELS = {
+    "forward": "selected_attention_forward",
+    "dq": "selected_attention_backward_dq",
+    "dkv": "selected_attention_backward_dkv",
+}
 # Rows of queries and heads that are worth a program of dkv.
 LEAST_ROWS = {"interpreter": 32}
 _LEAST_ROWS = 1024
@@ -72,19 +63,19 @@ def configuration(
 
     channels: the larger head dimension; heads: that share a choice of blocks.
     """
-    bucket = 64 if channels <= 64 else 128 if channels <= 128 else 256
+    size, heads = triton.next_power_of_2(block_size), triton.next_power_of_2(heads)
     if target.family == "interpreter":
         config = INTERPRETER[kernel]
     else:
+        bucket = channels_bucket(channels)
         config = (_SINGLE if element_size == 4 else _HALF)[kernel, bucket]
-    block_m, block_n, warps = config.block_m, config.block_n, config.num_warps
+        if kernel != "dkv" and max(config.block_m, heads) >= 64:  # rows that the warps divide
+            config = replace(config, block_m=heads, num_warps=8)
+        name = f"{8 * element_size}-bit d{bucket} heads{heads} blocks{size}"
+        config = choose(target, KERNELS[kernel], name, config)
     if kernel == "dkv":
-        block_n = min(block_n, max(16, triton.next_power_of_2(block_size)))
-    else:
-        block_m = max(block_m, triton.next_power_of_2(heads))
-        if block_m >= 64:  # rows are what the warps divide then
-            warps = 8
-    return Config(block_m, block_n, warps, config.num_stages)
+        return replace(config, block_n=min(config.block_n, max(16, size)))
+    return replace(config, block_m=max(config.block_m, heads))
 
 
 def least_chunk(target: Target, heads: int) -> int:

@@ -3,10 +3,6 @@
 A stable radix sort (a counting sort for each digit) of (block, query) pairs by block: the same
 order at every run, without atomics. Nothing here waits for the device, so sizes are bounds that
 depend on shapes alone.
-
-An item is a block, or a chunk of a block that many queries selected. A chunk is four times the
-average number of queries of a block, so that no program works much longer than the others, and so
-that the partial sums take at most as much memory as dk and dv in float32, half of it.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-_CHUNK = 4  # times the average
+from hierkernels.ops.selected_attention.work_items import WorkItems, work_items
 
 
 @dataclass(frozen=True)
@@ -25,11 +21,7 @@ class Inverse:
     rows: torch.Tensor  # (E,) int32, in order of the blocks: (b * index heads + head) * Nq + query
     weights: torch.Tensor | None  # (E,) float32, of the block in that query's list
     starts: torch.Tensor  # (pairs * J + 1,) int32: where the rows of each block begin
-    first_item: torch.Tensor  # (pairs, J) int32: the block's first item, among those of the pair
-    first_part: torch.Tensor  # (pairs, J) int32: its first partial sum, if it has several items
-    item_block: torch.Tensor  # (pairs, items) int32: the block of each item, J if there is none
-    chunk: int  # queries of an item at most
-    parts: int  # partial sums of all pairs at most
+    items: WorkItems
 
 
 def invert(
@@ -54,23 +46,11 @@ def invert(
     starts = torch.searchsorted(ordered, number, out_int32=True)
     sorted_weights = None if weights is None else weights.flatten()[order]
 
-    chunk = min(max(-(-_CHUNK * entries // blocks), least_chunk), entries)
-    counts = starts.diff().view(pairs, blocks)
-    chunks = (counts + chunk - 1).div(chunk, rounding_mode="floor").clamp(min=1)
-    last_item = chunks.cumsum(1)
-    items = blocks + entries // chunk
-    item = torch.arange(items, device=lists.device).expand(pairs, items).contiguous()
-    item_block = torch.searchsorted(last_item, item, right=True, out_int32=True)
-    heavy = torch.where(chunks > 1, chunks, 0).flatten()
     return Inverse(
         rows=order.div(columns, rounding_mode="floor").int(),
         weights=sorted_weights,
         starts=starts,
-        first_item=(last_item - chunks).int(),
-        first_part=(heavy.cumsum(0) - heavy).int(),
-        item_block=item_block,
-        chunk=chunk,
-        # A block of c > chunk queries has ceil(c / chunk) <= 2 c / chunk of them; none has more
-        # queries than there are rows.
-        parts=pairs * (2 * entries // chunk) if heads // kv_heads * Nq > chunk else 0,
+        items=work_items(
+            starts.diff().view(pairs, blocks), entries, heads // kv_heads * Nq, least_chunk
+        ),
     )

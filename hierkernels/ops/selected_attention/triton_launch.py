@@ -20,6 +20,7 @@ from hierkernels.ops.selected_attention.triton_backward import (
 from hierkernels.ops.selected_attention.triton_blocks import _selected_attention_lists_kernel
 from hierkernels.ops.selected_attention.triton_forward import _selected_attention_forward_kernel
 from hierkernels.ops.selected_attention.triton_inverse import Inverse, invert
+from hierkernels.triton_common.configs import Config
 from hierkernels.triton_common.launch import Launch, Target
 from hierkernels.triton_common.tiles import LOG2E, padded, rows_stride
 
@@ -42,7 +43,7 @@ def _heads(call: SelectedCall) -> int:
     return call.q.shape[1] // call.indices.shape[1]
 
 
-def _configuration(call: SelectedCall, target: Target, kernel: str) -> configs.Config:
+def _configuration(call: SelectedCall, target: Target, kernel: str) -> Config:
     channels = max(call.q.shape[-1], call.v.shape[-1])
     return configs.configuration(
         target, kernel, channels, call.q.element_size(), _block_size(call), _heads(call)
@@ -181,22 +182,23 @@ def plan_keys(
     """The launches that fill dk and dv."""
     config, size = _configuration(call, target, "dkv"), _block_size(call)
     level, delta = stats
-    pairs, items = inverse.item_block.shape
+    work = inverse.items
+    pairs, items = work.item_block.shape
     channels = call.q.shape[-1] + call.v.shape[-1]
     parts = None
-    if inverse.parts:
-        parts = level.new_empty((inverse.parts, size, channels))
+    if work.parts:
+        parts = level.new_empty((work.parts, size, channels))
     tiles, every = triton.cdiv(size, config.block_n), _every_kernel(call, target)
     both = {
         "dk_ptr": dk, "dv_ptr": dv, "parts_ptr": parts, "starts_ptr": inverse.starts,
-        "first_part_ptr": inverse.first_part, "stride_dk": rows_stride(dk),
-        "stride_dv": rows_stride(dv), "chunk": inverse.chunk, "n_blocks": call.blocks,
+        "first_part_ptr": work.first_part, "stride_dk": rows_stride(dk),
+        "stride_dv": rows_stride(dv), "chunk": work.chunk, "n_blocks": call.blocks,
         "BLOCK_N": config.block_n, **config.compiler_options(),
     }  # fmt: skip
     launches = [Launch(_selected_attention_backward_dkv_kernel, pairs * items * tiles, {
         **every, **both, "dout_ptr": dout, "level_ptr": level, "delta_ptr": delta,
         "rows_ptr": inverse.rows, "row_weights_ptr": inverse.weights,
-        "first_item_ptr": inverse.first_item, "item_block_ptr": inverse.item_block,
+        "first_item_ptr": work.first_item, "item_block_ptr": work.item_block,
         "stride_dout": rows_stride(dout), "scale": call.scale, "n_items": items,
         "BLOCK_M": config.block_m, "SPLIT": parts is not None,
     })]  # fmt: skip

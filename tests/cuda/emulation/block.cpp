@@ -29,8 +29,7 @@ void shuffle_warps() {
   for (size_t i = warp_order.size(); i > 1; --i) std::swap(warp_order[i - 1], warp_order[random_below(i)]);
 }
 
-Thread* next_ready() {
-  if (!error.empty()) return nullptr;
+Thread* pick_ready() {
   if (random_below(period) == 0) shuffle_warps();
   for (const int w : warp_order) {
     std::vector<Thread*>& ready = block.warps[w].ready;
@@ -39,6 +38,23 @@ Thread* next_ready() {
     Thread* thread = ready.back();
     ready.pop_back();
     return thread;
+  }
+  return nullptr;
+}
+
+bool all_done() {
+  for (const Thread& t : block.threads)
+    if (t.state != Thread::kDone) return false;
+  return true;
+}
+
+// Tensor copies arrive by chance, or when nothing else can happen: as late as they may.
+Thread* next_ready() {
+  while (error.empty()) {
+    if (!block.copies.empty() && copy_may_arrive()) let_a_copy_arrive();
+    if (Thread* thread = pick_ready()) return thread;
+    if (block.copies.empty() || all_done()) return nullptr;
+    let_a_copy_arrive();
   }
   return nullptr;
 }
@@ -52,6 +68,8 @@ void switch_away() {
   current = to;
   switch_fiber(from->fiber, to ? to->fiber : host);
 }
+
+}  // namespace
 
 void wake(Thread* thread) {
   thread->state = Thread::kReady;
@@ -68,6 +86,8 @@ void let_others_run() {
   wake(current);
   switch_away();
 }
+
+namespace {
 
 void thread_main() {
   kernel_of_launch.call(kernel_of_launch);
@@ -97,6 +117,9 @@ void start_threads(int n) {
   block.threads.resize(n);
   block.warps.assign((n + kLanes - 1) / kLanes, Warp());
   block.barriers.fill(Barrier());
+  block.groups.assign((n + 4 * kLanes - 1) / (4 * kLanes), GroupMeeting());
+  block.mbarriers.clear();
+  start_copies();
   for (int i = 0; i < n; ++i) {
     Thread& t = block.threads[i];
     t.number = i;
@@ -106,6 +129,7 @@ void start_threads(int n) {
     t.state = Thread::kReady;
     t.open.clear();
     t.groups.clear();
+    t.proxy_fences = 0;
     if (options().races) {
       t.clock.assign(n, 0);
       t.clock[i] = 1;
@@ -132,6 +156,7 @@ void run_block() {
     if (t.state != Thread::kDone) error = deadlock();
   for (const Barrier& b : block.barriers)
     if (error.empty() && b.arrived) error = "a barrier is left with " + std::to_string(b.arrived) + " arrivals";
+  if (const char* what = left_over(); what && error.empty()) error = name_of(block.threads[0]) + ": " + what;
 }
 
 }  // namespace
@@ -199,6 +224,19 @@ void join(Clock& into, const Clock& from) {
   for (size_t i = 0; i < from.size(); ++i) into[i] = std::max(into[i], from[i]);
 }
 
+void learn(Thread& thread, const Clock& known) {
+  if (!options().races) return;
+  const uint32_t own = thread.clock[thread.number];
+  join(thread.clock, known);
+  thread.clock[thread.number] = own;
+}
+
+void tell(Clock& known) {
+  if (!options().races) return;
+  join(known, current->clock);
+  ++current->clock[current->number];
+}
+
 void synchronise(const std::vector<Thread*>& threads) {
   if (!options().races) return;
   Clock all;
@@ -226,10 +264,7 @@ void barrier(int id, int threads, bool wait_for_all) {
   b.needed = threads;
   ++b.arrived;
   b.all.push_back(current);
-  if (options().races) {
-    join(b.clock, current->clock);
-    ++current->clock[current->number];
-  }
+  tell(b.clock);
   if (wait_for_all) b.waiting.push_back(current);
   if (b.arrived < b.needed) {
     if (wait_for_all) wait(name);
@@ -238,11 +273,7 @@ void barrier(int id, int threads, bool wait_for_all) {
   const Barrier complete = std::move(b);
   b = Barrier();
   for (Thread* t : complete.waiting) {
-    if (options().races) {
-      const uint32_t own = t->clock[t->number];
-      join(t->clock, complete.clock);
-      t->clock[t->number] = own;
-    }
+    learn(*t, complete.clock);
     if (t != current) wake(t);
   }
   let_others_run();

@@ -17,12 +17,13 @@ struct Options {
   uint64_t seed = 1;
   bool races = true;    // look for races: twice the time
   bool bounds = false;  // look at accesses to global memory, which must then be declared by allow()
+  bool hopper = false;  // the device is an sm_90: kernels of sm_90a are chosen where they serve
 };
 Options& options();
 
 // Counts since the last reset.
 struct Counts {
-  uint64_t blocks = 0, switches = 0, mma = 0, ldmatrix = 0;
+  uint64_t blocks = 0, switches = 0, mma = 0, ldmatrix = 0, wgmma = 0, tensor_copies = 0;
   uint64_t bank_conflicts = 0;  // ldmatrix matrices of which two rows share banks
 };
 Counts& counts();
@@ -74,5 +75,31 @@ void mma(Element element, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
 void cp_async(void* to, const void* from, int bytes, int source_bytes);
 void cp_async_commit();
 void cp_async_wait(int groups);
+
+// ---- sm_90a: async_copies.cpp and warpgroup.cpp ----
+
+// What a CUtensorMap says: a tensor of 16-bit numbers with up to 4 dimensions, the first one contiguous, of which
+// copies take boxes that are 128 bytes wide, swizzled by 128 bytes.
+struct TensorMap {
+  const unsigned char* data;
+  int rank;
+  uint64_t size[4], stride[4];  // strides in bytes
+  uint32_t box[4];
+};
+
+void mbarrier_init(const void* barrier, int count);
+void mbarrier_arrive(const void* barrier, uint32_t expected_bytes);
+bool mbarrier_try_wait(const void* barrier, uint32_t parity);
+void fence_mbarrier_init();
+void fence_proxy_async();
+void set_registers(int count);  // setmaxnreg
+void tensor_copy(void* to, const TensorMap& map, const void* barrier, int rank, const int (&at)[4]);
+
+// d (64 x n) (+)= a b; `a` from the words of the lanes, or from a descriptor if they are null.
+void wgmma(Element element, int n, float* d, const uint32_t* a_words, uint64_t a, uint64_t b, bool accumulate,
+           bool b_transposed);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int groups);
 
 }  // namespace hierkernels::emulation

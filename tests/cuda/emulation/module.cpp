@@ -1,5 +1,6 @@
 // The Python module of the tests: the emulation's options and probes, and the library's CUDA operators, emulated.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../../../csrc/bindings.h"
 #include "emulation.h"
@@ -9,6 +10,48 @@ namespace py = pybind11;
 namespace cuda = hierkernels::cuda;
 namespace emulation = hierkernels::emulation;
 
+namespace {
+
+void bind_hopper_probes(py::module_& m) {
+  using cuda::HopperFault;
+  py::enum_<HopperFault>(m, "HopperFault")
+      .value("none", HopperFault::kNone)
+      .value("wrong_parity", HopperFault::kWrongParity)
+      .value("no_full_wait", HopperFault::kNoFullWait)
+      .value("no_empty_wait", HopperFault::kNoEmptyWait)
+      .value("early_release", HopperFault::kEarlyRelease)
+      .value("no_product_wait", HopperFault::kNoProductWait)
+      .value("no_product_fence", HopperFault::kNoProductFence)
+      .value("wrong_swizzle", HopperFault::kWrongSwizzle)
+      .value("few_bytes", HopperFault::kFewBytes)
+      .value("many_bytes", HopperFault::kManyBytes)
+      .value("no_init_fence", HopperFault::kNoInitFence)
+      .value("no_proxy_fence", HopperFault::kNoProxyFence);
+  m.def("probe_tensor_copy", [](uintptr_t data, const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
+                                const std::vector<int>& box, const std::vector<int>& at, uintptr_t out) {
+    cuda::TensorCopyProbe p{reinterpret_cast<void*>(data), static_cast<int>(size.size()), {1, 1, 1, 1}, {}, {1, 1, 1, 1},
+                            {}, reinterpret_cast<void*>(out)};
+    for (size_t d = 0; d < size.size(); ++d) {
+      p.size[d] = size[d];
+      p.stride[d] = stride[d];
+      p.box[d] = box[d];
+      p.at[d] = at[d];
+    }
+    return cuda::probe_tensor_copy(p);
+  });
+  m.def("probe_product", [](uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t out, int n, bool is_float16, bool b_transposed,
+                            bool a_in_registers) {
+    cuda::probe_product({reinterpret_cast<void*>(a), reinterpret_cast<void*>(b), reinterpret_cast<float*>(c),
+                         reinterpret_cast<float*>(out), n, is_float16, b_transposed, a_in_registers});
+  });
+  m.def("probe_tensor_pipeline", [](HopperFault fault, uintptr_t a, uintptr_t b, uintptr_t out, int tiles) {
+    cuda::probe_tensor_pipeline(fault, {reinterpret_cast<void*>(a), reinterpret_cast<void*>(b),
+                                        reinterpret_cast<float*>(out), tiles});
+  });
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_cuda_emulation, m) {
   hierkernels::bind_dtypes(m);
   hierkernels::bind_cuda(m);
@@ -17,9 +60,9 @@ PYBIND11_MODULE(_cuda_emulation, m) {
   };
   m.doc() = "CUDA kernels run on the CPU by the emulation of tests/cuda/emulation: for tests only.";
 
-  m.def("set_options", [](uint64_t seed, bool races, bool bounds) {
-    emulation::options() = {seed, races, bounds};
-  }, py::arg("seed"), py::arg("races") = true, py::arg("bounds") = true);
+  m.def("set_options", [](uint64_t seed, bool races, bool bounds, bool hopper) {
+    emulation::options() = {seed, races, bounds, hopper};
+  }, py::arg("seed"), py::arg("races") = true, py::arg("bounds") = true, py::arg("hopper") = false);
   m.def("take_counts", [] {
     const emulation::Counts c = emulation::counts();
     emulation::counts() = {};
@@ -29,6 +72,8 @@ PYBIND11_MODULE(_cuda_emulation, m) {
     d["mma"] = c.mma;
     d["ldmatrix"] = c.ldmatrix;
     d["bank_conflicts"] = c.bank_conflicts;
+    d["wgmma"] = c.wgmma;
+    d["tensor_copies"] = c.tensor_copies;
     return d;
   });
   m.def("allow", [](uintptr_t begin, size_t bytes) { emulation::allow(reinterpret_cast<void*>(begin), bytes); });
@@ -66,4 +111,5 @@ PYBIND11_MODULE(_cuda_emulation, m) {
   m.def("probe_misuse", [](cuda::Misuse misuse, uintptr_t data) {
     cuda::probe_misuse({misuse, reinterpret_cast<float*>(data)});
   });
+  bind_hopper_probes(m);
 }

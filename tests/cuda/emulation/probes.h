@@ -34,4 +34,49 @@ void probe_transpose(Fault fault, const TileParams& p);
 void probe_pipeline(Fault fault, const TileParams& p);
 void probe_misuse(const MisuseParams& p);
 
+// ---- sm_90a: probes_hopper.cu ----
+
+enum class HopperFault {
+  kNone,
+  kWrongParity,        // the consumers wait for the phase before
+  kNoFullWait,         // ... or not at all
+  kNoEmptyWait,        // the producer fills a stage that may still be read
+  kEarlyRelease,       // a stage is released while its product runs
+  kNoProductWait,      // the sums are read while products run
+  kNoProductFence,
+  kWrongSwizzle,       // in the descriptor
+  kFewBytes,           // fewer are announced than come
+  kManyBytes,
+  kNoInitFence,        // after the initialisation of mbarriers
+  kNoProxyFence,       // between stores to shared memory and the product that reads them
+};
+
+// One copy of a box; `out` is the image that it leaves in shared memory.
+struct TensorCopyProbe {
+  const void* data;
+  int rank;
+  int64_t size[4], stride[4];
+  int box[4], at[4];
+  void* out;
+};
+bool probe_tensor_copy(const TensorCopyProbe& p);  // false: tensor copies cannot take it
+
+// out (64, n) = c + a b, with a (64, 64), b (64, n), or (n, 64) unless it is transposed.
+struct ProductProbe {
+  const void *a, *b;
+  const float* c;
+  float* out;
+  int n;
+  bool is_float16, b_transposed, a_in_registers;
+};
+void probe_product(const ProductProbe& p);
+
+// out (64, 64) = the sum over tiles of a b_i^T, all 64 x 64, by a warp that copies and four that multiply.
+struct PipelineProbe {
+  const void *a, *b;
+  float* out;
+  int tiles;
+};
+void probe_tensor_pipeline(HopperFault fault, const PipelineProbe& p);
+
 }  // namespace hierkernels::cuda

@@ -21,11 +21,13 @@ size_t shared_bytes = 0;
 
 // What is known of two bytes of shared memory (the smallest element that kernels store).
 struct Cell {
-  static constexpr int kReaders = 6;
+  static constexpr int kReaders = 12;
   uint32_t launch = 0;   // of what block this is; older cells count as fresh
   int16_t writer = -1;   // -1: never written
   int16_t readers = 0;
-  bool on_its_way = false;  // cp.async has not arrived yet
+  bool on_its_way = false;  // a copy has not arrived yet
+  bool generic = false;     // written by an ordinary store: wgmma and tensor copies need a fence to see it
+  uint32_t fences = 0;      // that the writer had made before
   uint32_t write_step = 0;
   int16_t reader[kReaders];
   uint32_t read_step[kReaders];
@@ -47,7 +49,9 @@ void write_cell(Cell& c, const Thread& t, size_t at, Access access, const char* 
   c.readers = 0;
   c.writer = static_cast<int16_t>(t.number);
   c.write_step = t.clock[t.number];
-  c.on_its_way = access == Access::kCopyStarts;
+  c.on_its_way = access == Access::kCopyStarts || access == Access::kTensorCopyStarts;
+  c.generic = access != Access::kTensorCopyStarts;
+  c.fences = t.proxy_fences;
 }
 
 void read_cell(Cell& c, const Thread& t) {
@@ -88,16 +92,38 @@ void touch_shared(const void* p, size_t bytes, Access access, const char* what) 
   for (size_t i = at / 2; i < (at + bytes + 1) / 2; ++i) {
     Cell& c = cells[i];
     if (c.launch != launch) c = Cell{.launch = launch};
-    if (c.writer < 0 && access == Access::kRead) fail("%s reads shared byte %zu, which nothing wrote", what, 2 * i);
+    const bool by_tensor = access == Access::kTensorRead || access == Access::kTensorCheck;
+    const bool reads = by_tensor || access == Access::kRead;
+    if (c.writer < 0 && reads) fail("%s reads shared byte %zu, which nothing wrote", what, 2 * i);
     if (c.writer >= 0 && c.writer != current->number && current->clock[c.writer] < c.write_step)
       fail("race: %s %s shared byte %zu, which thread %d writes at the same time", what,
-           access == Access::kRead ? "reads" : "writes", 2 * i, c.writer);
-    if (access == Access::kRead && c.on_its_way)
+           reads ? "reads" : "writes", 2 * i, c.writer);
+    if (by_tensor && c.generic && block.threads[c.writer].proxy_fences == c.fences)
+      fail("%s reads shared byte %zu, which thread %d stored without fence.proxy.async", what, 2 * i, c.writer);
+    if (reads && c.on_its_way)
       fail("race: %s reads shared byte %zu, where a copy has not been waited for", what, 2 * i);
-    if (access == Access::kRead)
+    if (access == Access::kTensorCheck) continue;
+    if (reads)
       read_cell(c, *current);
     else
       write_cell(c, *current, 2 * i, access, what);
+  }
+}
+
+void check_unchanged(uint32_t offset, const Clock& known) {
+  if (!options().races) return;
+  const Cell& c = cells[offset / 2];
+  if (c.writer >= 0 && known[c.writer] < c.write_step)
+    fail("race: shared byte %u was written again while a wgmma that reads it ran", offset);
+}
+
+void copied_bytes_arrive(uint32_t offset, const TensorCopy& copy) {
+  if (!options().races) return;
+  for (size_t i = offset / 2; i < offset / 2 + 8; ++i) {
+    Cell& c = cells[i];
+    if (c.writer != copy.thread || c.write_step != copy.step)
+      fail("race: shared byte %zu is written while a tensor copy of thread %d is on its way there", 2 * i, copy.thread);
+    c.on_its_way = false;
   }
 }
 

@@ -6,7 +6,6 @@
 #include "block.h"
 
 namespace hierkernels::emulation {
-namespace {
 
 float number(Element element, uint32_t word, int i) {
   if (element == Element::kTf32) {
@@ -24,8 +23,6 @@ float cut(double x) {
   if (std::isfinite(y) && std::fabs(static_cast<double>(y)) > std::fabs(x)) y = std::nextafter(y, 0.f);
   return y;
 }
-
-}  // namespace
 
 void ldmatrix(uint32_t (&r)[4], bool transposed, const void* row) {
   struct Payload {

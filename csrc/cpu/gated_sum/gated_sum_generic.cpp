@@ -1,0 +1,2 @@
+#define HK_ISA generic
+#include "gated_sum.inl"

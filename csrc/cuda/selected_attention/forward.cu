@@ -1,0 +1,193 @@
+// Selected attention forward: a block computes the output of one tile of rows, over the blocks that their set visits.
+//
+// Each warp has the running softmax of its own 16 keys of each tile; the warps that share rows are merged at the end.
+#include "../attention/scores.h"
+#include "../common/launch.h"
+#include "columns.h"
+#include "kernels.h"
+
+namespace hierkernels::cuda {
+namespace {
+
+template <class T, int kDim>
+struct SelectedForward {
+  using S = SelectedShape<T, kDim>;
+  using TileT = Tile<T, kDim>;
+  static constexpr int kSteps = S::kBytes / kStepBytes;
+
+  struct State {
+    float top[2], total[2];  // the largest score so far, and this lane's exponentials
+    RowSight sight[2];
+  };
+
+  // Scores of 16 keys to exponentials relative to the largest score so far, to which what was summed is adapted.
+  static __device__ __forceinline__ void exponentiate(const SelectedArgs& p, Sums<1, 2>& s, Sums<1, kDim / 8>& acc,
+                                                      State& state, const KeyColumn* columns) {
+    const bool weighted = p.weights.data != nullptr;
+    float shrink[2];
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      float top = state.top[x];
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const KeyColumn column = columns[sums_column(n, e)];
+          float& score = s.x[0][n][2 * x + e];
+          score *= p.scale;
+          if (weighted) score *= __uint_as_float(column.word);
+          if (!is_seen(state.sight[x], column, weighted)) score = -infinity();
+          top = fmaxf(top, score);
+        }
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      shrink[x] = natural_exp(state.top[x] - top);
+      state.top[x] = top;
+      float total = 0.f;
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& value = s.x[0][n][2 * x + e];
+          value = natural_exp(value - top);
+          total += value;
+        }
+      state.total[x] = state.total[x] * shrink[x] + total;
+    }
+    // Once a large score was met, most keys change nothing.
+    if (__any_sync(kAllLanes, shrink[0] != 1.f || shrink[1] != 1.f)) scale_rows(acc, shrink);
+  }
+
+  static __device__ __forceinline__ void scale_rows(Sums<1, kDim / 8>& acc, const float (&factor)[2]) {
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc.x[0][n][e] *= factor[e / 2];
+  }
+
+  // Ends the softmax: of each warp, over its lanes, and over the warps that share rows, whose `acc` are then parts of the
+  // output. statistics: [warp][top, total][16 rows].
+  static __device__ __forceinline__ void normalise(Sums<1, kDim / 8>& acc, State& state, float* statistics, int row_warps) {
+    const int warp = threadIdx.x / kWarp;
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      state.total[x] += __shfl_xor_sync(kAllLanes, state.total[x], 1);
+      state.total[x] += __shfl_xor_sync(kAllLanes, state.total[x], 2);
+      if (threadIdx.x % 4 == 0) {
+        statistics[warp * 32 + sums_row(0, 2 * x)] = state.top[x];
+        statistics[warp * 32 + 16 + sums_row(0, 2 * x)] = state.total[x];
+      }
+    }
+    __syncthreads();
+    float factor[2];
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      float top = kHiddenBelow, total = 0.f;
+      const float* const of_row = statistics + sums_row(0, 2 * x);
+      for (int w = warp % row_warps; w < S::kWarps; w += row_warps) top = fmaxf(top, of_row[w * 32]);
+      for (int w = warp % row_warps; w < S::kWarps; w += row_warps)
+        total += of_row[w * 32 + 16] * natural_exp(of_row[w * 32] - top);
+      factor[x] = total == 0.f ? 0.f : natural_exp(state.top[x] - top) / total;
+      state.top[x] = top;
+      state.total[x] = total;
+    }
+    scale_rows(acc, factor);
+  }
+};
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShape<T, kDim>::kBlocksPerSM)
+    selected_forward_kernel(const __grid_constant__ SelectedArgs p) {
+  using F = SelectedForward<T, kDim>;
+  using S = typename F::S;
+  using TileT = typename F::TileT;
+  unsigned char* const q_tile = shared_memory();
+  unsigned char* const k_tiles = q_tile + TileT::bytes(S::kRows);
+  unsigned char* const v_tiles = k_tiles + 2 * TileT::bytes(S::kKeys);
+  KeyColumn* const columns = reinterpret_cast<KeyColumn*>(v_tiles + 2 * TileT::bytes(S::kKeys));
+
+  const RowTile tile = row_tile(p, S::kRows);
+  const ColumnSource source = column_source(p, tile);
+  const int warp = threadIdx.x / kWarp, warp_row0 = warp % p.row_warps * 16;
+  const T* const k0 = p.k.at<const T>(tile.b, tile.kv_head, 0);
+  const T* const v0 = p.v.at<const T>(tile.b, tile.kv_head, 0);
+  const auto copy_stage = [&](const KeyColumn* at, int stage) {
+    const auto row = [&](const T* first, int64_t token) {
+      return [=](int r) { return at[r].key < 0 ? nullptr : first + at[r].key * token; };
+    };
+    copy_rows<T, S::kKeys, kDim, S::kThreads>(k_tiles + stage * TileT::bytes(S::kKeys), p.k, row(k0, p.k.token));
+    copy_rows<T, S::kKeys, kDim, S::kThreads>(v_tiles + stage * TileT::bytes(S::kKeys), p.v, row(v0, p.v.token));
+  };
+  const auto look_up = [&](int n0, int slot) {
+    fill_columns<S::kKeys, S::kThreads>(p, tile, source, columns + slot * S::kKeys, n0);
+  };
+
+  copy_rows<T, S::kRows, kDim, S::kThreads>(
+      q_tile, p.q, [&](int r) { return row_address<const T>(p.q, tile.b, row_at(p, tile, r)); });
+  look_up(0, 0);
+  look_up(S::kKeys, 1);
+  __syncthreads();
+  if (source.count > 0) copy_stage(columns, 0);
+  ptx::cp_async_commit();
+
+  typename F::State state;
+#pragma unroll
+  for (int x = 0; x < 2; ++x) {
+    state.top[x] = kHiddenBelow;
+    state.total[x] = 0.f;
+    state.sight[x] = sight_of(p, row_at(p, tile, warp_row0 + sums_row(0, 2 * x)));
+  }
+  Sums<1, kDim / 8> acc;
+  clear(acc);
+
+  int stage = 0, slot = 0;  // slot: of this tile's columns
+  for (int n0 = 0; n0 < source.count; n0 += S::kKeys, stage ^= 1, slot = (slot + 1) % kColumnSlots) {
+    if (n0 + S::kKeys < source.count) copy_stage(columns + (slot + 1) % kColumnSlots * S::kKeys, stage ^ 1);
+    ptx::cp_async_commit();  // perhaps empty: waiting for all but one means this tile in any case
+    look_up(n0 + 2 * S::kKeys, (slot + 2) % kColumnSlots);  // while copies are on their way
+    ptx::cp_async_wait<1>();
+    __syncthreads();         // every thread's part of the tile, and of the next tile but one's columns, is there
+    for (int piece = warp / p.row_warps; piece < S::kWarps; piece += S::kWarps / p.row_warps) {
+      const int offset = stage * TileT::bytes(S::kKeys) + TileT::bytes(16 * piece);
+      Sums<1, 2> s;
+      clear(s);
+      add_product_of_rows<T, F::kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), k_tiles + offset);
+      F::exponentiate(p, s, acc, state, columns + slot * S::kKeys + 16 * piece);
+      add_product_of_sums<T, TileT::kStride>(acc, s, v_tiles + offset);
+    }
+    __syncthreads();         // all have read the tile: its stage may be written
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // the tiles' memory is free
+
+  float* const memory = reinterpret_cast<float*>(k_tiles);
+  F::normalise(acc, state, reinterpret_cast<float*>(q_tile), p.row_warps);
+  add_warps<S::kWarps>(acc, memory, p.row_warps);
+  if (warp >= p.row_warps) return;
+#pragma unroll
+  for (int x = 0; x < 2; ++x) {
+    const SelectedRow row = row_at(p, tile, warp_row0 + sums_row(0, 2 * x));
+    if (row.real && threadIdx.x % 4 == 0)
+      p.lse[lse_index(p, tile.b, row.head, row.query)] =
+          state.total[x] == 0.f ? -infinity() : state.top[x] + logf(state.total[x]);
+  }
+  store_rows<T>(p.out, acc, 1.f, [&](int, int half) {
+    return row_address<T>(p.out, tile.b, row_at(p, tile, warp_row0 + sums_row(0, 2 * half)));
+  });
+}
+
+template <class T, int kDim>
+void run(SelectedArgs p, void* stream) {
+  using S = SelectedShape<T, kDim>;
+  plan_rows(p, S::kRows);
+  const int64_t blocks = static_cast<int64_t>(p.batch) * p.choosers * p.sets * p.row_blocks;
+  launch("selected_forward", selected_forward_kernel<T, kDim>, blocks, S::kThreads, S::kForwardShared, stream, p);
+}
+
+}  // namespace
+
+void run_selected_forward(const SelectedArgs& p, DType dtype, void* stream) {
+  HIERKERNELS_CUDA_DISPATCH(dtype, padded_channels(p), run, p, stream);
+}
+
+}  // namespace hierkernels::cuda
