@@ -37,7 +37,7 @@ def draw_all(data: dict[str, Any], out: Path) -> list[str]:
     """Saves every plot that the data has something to show in; returns their names."""
     names = []
     with plt.rc_context({"svg.hashsalt": "hierkernels", "font.size": 9, "axes.grid": True}):
-        for name, figure in _figures(data):
+        for name, figure in figures(data):
             # The same bytes for the same data.
             figure.savefig(out / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
             plt.close(figure)
@@ -45,7 +45,8 @@ def draw_all(data: dict[str, Any], out: Path) -> list[str]:
     return names
 
 
-def _figures(data: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+def figures(data: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """Every plot that the data has something to show in, by name."""
     for op in ops(data):
         if op not in suite.names():
             continue

@@ -1,15 +1,23 @@
-"""Writes the measured tables of README.md from a committed result: python -m benchmarks.readme.
+"""Writes the measured tables and plots of README.md from committed results.
 
-Each stands between two comments, the first of which names the op and the result file.
+python -m benchmarks.readme
+
+A table stands between two comments, the first of which names the op and the result file. A plot
+follows a comment that names it, as in a report, and the result file:
+
+    <!-- plotted: local_attention-time in benchmarks/results/FILE.json -->
+    ![Local attention against length](docs/images/local_attention-time.svg)
 """
 
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import plots, report
 from benchmarks.table import Line, collect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +25,7 @@ README = ROOT / "README.md"
 _PLACE = re.compile(
     r"(<!-- measured: (\S+) in (\S+) -->\n).*?(<!-- end of measured -->)", re.DOTALL
 )
+_PLOT = re.compile(r"<!-- plotted: (\S+) in (\S+) -->\n!\[[^\]]*\]\((\S+)\)")
 _DTYPES = ("float32", "bfloat16")
 
 # By op: the title, the peer, the groups of cases (none: all).
@@ -83,8 +92,19 @@ def _table(title: str, lines: list[Line], peer: str) -> Iterator[str]:
         yield f"| {case} | " + " | ".join(cells.get(column, "") for column in columns) + " |"
 
 
+def plots_of(text: str) -> list[tuple[str, Path, Path]]:
+    """The name, result file and image of each plot that the README has."""
+    return [(m[1], ROOT / m[2], ROOT / m[3]) for m in _PLOT.finditer(text)]
+
+
 def main() -> None:
-    README.write_text(updated(README.read_text()))
+    text = README.read_text()
+    README.write_text(updated(text))
+    for name, result, image in plots_of(text):
+        with tempfile.TemporaryDirectory() as folder:
+            if name not in plots.draw_all(report.load(result), Path(folder)):
+                raise ValueError(f"{result.name} has no plot {name}")
+            shutil.copyfile(Path(folder) / f"{name}.svg", image)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import suite
+from benchmarks.suite import Sweep
 
 HIERKERNELS_ROWS = ("cuda", "triton", "cpu")
 FIRST_OP = "attention"  # of results from before there were others, which name none
@@ -96,6 +99,7 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
                 f"{row} {peaks[row][n] / 2**20:.1f} MiB" for row in peaks if n in peaks[row]
             )
             yield f"{op}: peak extra memory, forward and backward, N = {n}: {found}"
+        yield from _growths(op, own)
     yield "x: the peer's time over hierkernels' (where no backend of it ran, the peer's ms)"
 
 
@@ -111,6 +115,32 @@ def _part(op: str, lines: list[Line], width: int) -> Iterator[str]:
             own = f"{ours:8}{line.seconds(ours) * 1e3:10.4g}{share:7.0%}"
         cells = "".join(f"{_peer(line, peer):>12}" for peer in columns)
         yield f"{line.case:{width}}  {line.dtype:9} {line.direction:9} {own}{cells}"
+
+
+def growth(lines: list[Line], sweep: Sweep, row: str) -> list[tuple[int, int, float]]:
+    """(n, next n, time ratio for each doubling of n) of one row along a sweep."""
+    times = sorted(
+        (sweep.sizes[line.case], line.seconds(row)) for line in lines if row in line.rows
+    )
+    return [
+        (n, more, (after / before) ** (1 / math.log2(more / n)))
+        for (n, before), (more, after) in itertools.pairwise(times)
+    ]
+
+
+def _growths(op: str, lines: list[Line]) -> Iterator[str]:
+    """time(2 N) / time(N) of hierkernels along the sweeps over length."""
+    for sweep in suite.load(op).sweeps if op in suite.names() else ():
+        columns: dict[tuple[str, str], list[Line]] = {}
+        for line in lines:
+            if sweep.axis == "N" and line.case in sweep.sizes:
+                columns.setdefault((line.dtype, line.direction), []).append(line)
+        for (dtype, direction), own in columns.items():
+            for row in HIERKERNELS_ROWS:
+                if steps := growth(own, sweep, row):
+                    found = ", ".join(f"{n} -> {more} {ratio:.2f}" for n, more, ratio in steps)
+                    what = f"{op}: {sweep.name}, {dtype} {direction}, {row}"
+                    yield f"{what}: time(2N)/time(N): {found}"
 
 
 def _peer(line: Line, peer: str) -> str:

@@ -6,6 +6,7 @@
 #include "cpu/attention/attention.h"
 #include "cpu/gated_sum/gated_sum.h"
 #include "cpu/isa.h"
+#include "cpu/rowwise/rowwise.h"
 #include "cpu/scratch.h"
 #include "cpu/select_blocks/select_blocks.h"
 #include "cpu/selected_attention/selected_attention.h"
@@ -34,6 +35,20 @@ hierkernels::GatedSumParams gated_sum_params(const py::object& gates, const std:
   hierkernels::GatedSumParams p;
   p.gates = tensor(gates);
   for (int s = 0; s < hierkernels::kBranches; ++s) p.parts[s] = tensor(parts[s]);
+  return p;
+}
+
+hierkernels::RmsNormParams rms_norm_params(const py::object& x, const py::object& weight, double floor, double addend, double scale,
+                                           int64_t shift, int64_t kept, const py::object& inverse) {
+  hierkernels::RmsNormParams p;
+  p.x = tensor(x);
+  p.weight = tensor(weight);
+  p.floor = floor;
+  p.addend = addend;
+  p.scale = scale;
+  p.shift = shift;
+  p.kept = kept;
+  p.inverse = tensor(inverse);
   return p;
 }
 
@@ -118,6 +133,35 @@ PYBIND11_MODULE(_native, m) {
           py::gil_scoped_release release;
           hierkernels::selected_backward(p);
         });
+
+  m.def("rms_norm_forward", [](const py::object& x, const py::object& weight, double floor, double addend, double scale, int64_t shift,
+                               int64_t kept, const py::object& out, const py::object& inverse) {
+    hierkernels::RmsNormParams p = rms_norm_params(x, weight, floor, addend, scale, shift, kept, inverse);
+    p.out = tensor(out);
+    py::gil_scoped_release release;
+    hierkernels::rms_norm_forward(p);
+  });
+  m.def("rms_norm_backward", [](const py::object& x, const py::object& weight, double floor, double addend, double scale, int64_t shift,
+                                int64_t kept, const py::object& inverse, const py::object& dout, const py::object& dx,
+                                const py::object& dweight) {
+    hierkernels::RmsNormParams p = rms_norm_params(x, weight, floor, addend, scale, shift, kept, inverse);
+    p.dout = tensor(dout);
+    p.dx = tensor(dx);
+    p.dweight = tensor(dweight);
+    py::gil_scoped_release release;
+    hierkernels::rms_norm_backward(p);
+  });
+  m.def("rotary", [](const py::object& x, const py::object& cos, const py::object& sin, bool transposed,
+                     const py::object& out) {
+    hierkernels::RotaryParams p;
+    p.x = tensor(x);
+    p.cos = tensor(cos);
+    p.sin = tensor(sin);
+    p.transposed = transposed;
+    p.out = tensor(out);
+    py::gil_scoped_release release;
+    hierkernels::rotary(p);
+  });
 
   m.def("sgu_forward",
         [](const py::object& residual, const py::object& gate, const py::object& weight, const py::object& bias,

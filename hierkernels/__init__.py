@@ -8,6 +8,8 @@ from hierkernels.ops.causal_sgu import causal_sgu
 from hierkernels.ops.compressed_attention import compressed_attention
 from hierkernels.ops.local_attention import local_attention
 from hierkernels.ops.native_sparse_attention import native_sparse_attention
+from hierkernels.ops.rms_norm import rms_norm
+from hierkernels.ops.rotary import rotary
 from hierkernels.ops.select_blocks import select_blocks
 from hierkernels.ops.selected_attention import selected_attention
 from hierkernels.version import __version__
@@ -23,6 +25,8 @@ __all__ = [
     "explain",
     "local_attention",
     "native_sparse_attention",
+    "rms_norm",
+    "rotary",
     "select_blocks",
     "selected_attention",
     "use_backend",

@@ -40,14 +40,20 @@ def use_backend(backend: str | None) -> Iterator[None]:
         _forced.pop()
 
 
-def requested_backend(backend: str | None) -> str:
-    """The backend that is asked for, "" when the choice is free."""
+def requested_backend(backend: str | None, without: tuple[str, ...] = ()) -> str:
+    """The backend that is asked for, "" when the choice is free.
+
+    `without` are backends that an operator beside the great ones has no kernels for: where they are
+    forced for all operators alike, its choice is free. Asked for by the call itself, they refuse.
+    """
     if backend is not None:
         return check_backend_name(backend)
     if _forced:
-        return _forced[-1]
-    named = os.environ.get("HIERKERNELS_BACKEND", "")
-    return check_backend_name(named, "HIERKERNELS_BACKEND") if named else ""
+        name = _forced[-1]
+    else:
+        named = os.environ.get("HIERKERNELS_BACKEND", "")
+        name = check_backend_name(named, "HIERKERNELS_BACKEND") if named else ""
+    return "" if name in without else name
 
 
 class Choice(NamedTuple):

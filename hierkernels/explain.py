@@ -11,6 +11,8 @@ from hierkernels.ops.causal_sgu.api import problem as causal_sgu_problem
 from hierkernels.ops.compressed_attention.api import problem as compressed_attention_problem
 from hierkernels.ops.local_attention.api import problem as local_attention_problem
 from hierkernels.ops.native_sparse_attention.api import problem as native_sparse_attention_problem
+from hierkernels.ops.rms_norm.api import problem as rms_norm_problem
+from hierkernels.ops.rotary.api import problem as rotary_problem
 from hierkernels.ops.select_blocks.api import problem as select_blocks_problem
 from hierkernels.ops.selected_attention.api import problem as selected_attention_problem
 
@@ -21,6 +23,8 @@ PROBLEMS: dict[str, Callable[..., Any]] = {
     "compressed_attention": compressed_attention_problem,
     "local_attention": local_attention_problem,
     "native_sparse_attention": native_sparse_attention_problem,
+    "rms_norm": rms_norm_problem,
+    "rotary": rotary_problem,
     "select_blocks": select_blocks_problem,
     "selected_attention": selected_attention_problem,
 }

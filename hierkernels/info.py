@@ -94,6 +94,10 @@ def _plain_call(op: str, device: str) -> tuple[list[torch.Tensor], dict[str, Any
     """Arguments and options of the plainest call of an operator."""
     if op == "causal_sgu":
         shapes: tuple[tuple[int, ...], ...] = ((1, 1, 64), (1, 1, 64), (1, 1, 1), (1, 1))
+    elif op == "rms_norm":
+        shapes = ((1, 1, 64), (64,))
+    elif op == "rotary":
+        shapes = ((1, 1, 1, 64), (1, 32), (1, 32))
     else:
         count = {"select_blocks": 2, "native_sparse_attention": 5}.get(op, 3)
         shapes = ((1, 1, 1, 64),) * count

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import hierkernels as hk
 from python_models.arguments import check_integer, check_token_type, check_token_values
 from python_models.gmlp_decoder import Decoder
-from python_models.layers import PreNorm
+from python_models.layers import Linear, PreNorm
 from python_models.pretrained import Pretrained
 from python_models.reversible import ReversibleSequence, SequentialSequence
 
@@ -117,8 +117,8 @@ class TinyAttention(nn.Module):
         super().__init__()
         self.window = window
         self.upstream_quirks = upstream_quirks and window is not None
-        self.to_qkv = nn.Linear(dim, 3 * dim_inner, bias=False)
-        self.to_out = nn.Linear(dim_inner, dim_out)
+        self.to_qkv = Linear(dim, 3 * dim_inner, bias=False)
+        self.to_out = Linear(dim_inner, dim_out)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, ``(B, 1, N, A)`` each."""
@@ -165,7 +165,7 @@ class gMLPBlock(nn.Module):
                 upstream_quirks=upstream_quirks,
             )
         )
-        self.proj_in = nn.Sequential(nn.Linear(dim, dim_ff), nn.GELU())
+        self.proj_in = nn.Sequential(Linear(dim, dim_ff), nn.GELU())
         self.sgu = CausalSGU(
             dim=dim_ff,
             dim_seq=seq_len,
@@ -174,7 +174,7 @@ class gMLPBlock(nn.Module):
             act=act,
             init_eps=0.0 if upstream_quirks else 1e-3,
         )
-        self.proj_out = nn.Linear(dim_ff // 2, dim)
+        self.proj_out = Linear(dim_ff // 2, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_residual = None if self.attn is None else self.attn(x)
@@ -216,7 +216,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, mult: int) -> None:
         super().__init__()
         inner = int(dim * mult * 2 / 3)
-        self.net = nn.Sequential(nn.Linear(dim, 2 * inner), GEGLU(), nn.Linear(inner, dim))
+        self.net = nn.Sequential(Linear(dim, 2 * inner), GEGLU(), Linear(inner, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -326,7 +326,7 @@ class gMLPGPT(Pretrained, nn.Module):
             if reversible
             else SequentialSequence(gmlps)
         )
-        self.to_logits = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_tokens))
+        self.to_logits = nn.Sequential(nn.LayerNorm(dim), Linear(dim, num_tokens))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, N, V)`` of the token after each of the integer tokens ``x (B, N)``.

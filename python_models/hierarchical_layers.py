@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.hierarchical_config import Hierarchy
-from python_models.layers import LocalMHA, normalize, token_shift
+from python_models.layers import Linear, LocalMHA, normalize, token_shift
 from python_models.rotary import LocalRotaryEmbedding, project_turned
 
 XPOS_SCALE_BASE = 512
@@ -25,32 +25,37 @@ EXPANSION = 4  # hidden channels of a compression, for each channel of the embed
 
 
 class RMSNorm(nn.Module):
-    """Scales every token to length ``sqrt(C)``, times gamma: ``(..., C) -> (..., C)``."""
+    """Scales every token to length ``sqrt(C)``, times gamma: ``(..., N, C)`` to the same.
+
+    ``shift`` delays the second half of the channels first, by so many tokens.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = dim**0.5
         self.gamma = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return normalize(x, self.scale * self.gamma, 1e-12)
+    def forward(self, x: Tensor, shift: int = 0) -> Tensor:
+        # The length is at least 1e-12, the root mean square so much divided by sqrt(C).
+        return normalize(x, self.gamma, 1e-12 / self.scale, shift)
 
 
 class FeedForward(nn.Module):
-    """Norm, expansion by ``mult``, GELU, contraction: ``(..., C) -> (..., C)``."""
+    """Token shift, norm, expansion by ``mult``, GELU, contraction: ``(..., N, C)`` to the same."""
 
     def __init__(self, dim: int, mult: float) -> None:
         super().__init__()
         inner = int(dim * mult)
         self.net = nn.Sequential(
             RMSNorm(dim),
-            nn.Linear(dim, inner, bias=False),
+            Linear(dim, inner, bias=False),
             nn.GELU(),
-            nn.Linear(inner, dim, bias=False),
+            Linear(inner, dim, bias=False),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def forward(self, x: Tensor, shift: int = 0) -> Tensor:
+        norm, expand, act, contract = self.net
+        return contract(act(expand(norm(x, shift))))
 
 
 class Attention(nn.Module):
@@ -62,8 +67,8 @@ class Attention(nn.Module):
         self.norm = RMSNorm(dim)
         self.rotary_emb = LocalRotaryEmbedding(dim_head, XPOS_SCALE_BASE)
         self.rotary_emb.register_buffer("scale", self.rotary_emb.scale)  # in upstream's state dict
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_qkv = Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = Linear(heads * dim_head, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         phases = self.rotary_emb.phases(x.shape[1], 0)
@@ -99,7 +104,7 @@ class Compress(nn.Module):
         self.to_recon: nn.Module | None = None
         if self.factor == 1:
             is_same = hierarchy.dim == dim
-            self.compress_fn = nn.Identity() if is_same else nn.Linear(dim, hierarchy.dim, False)
+            self.compress_fn = nn.Identity() if is_same else Linear(dim, hierarchy.dim, False)
             return
         inner = dim * EXPANSION
         self.compress_fn = nn.Sequential(
@@ -110,7 +115,7 @@ class Compress(nn.Module):
             Rearrange("b c n -> b n c"),
         )
         if should_recon:
-            self.to_recon = nn.Linear(hierarchy.dim, self.factor * num_tokens, bias=False)
+            self.to_recon = Linear(hierarchy.dim, self.factor * num_tokens, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compress_fn(x)
@@ -135,9 +140,9 @@ class HierarchicalMerge(nn.Module):
         super().__init__()
         self.net = nn.Sequential(
             RMSNorm(dim),
-            nn.Linear(dim, 2 * dim_out),
+            Linear(dim, 2 * dim_out),
             nn.SiLU(),
-            nn.Linear(2 * dim_out, dim_out),
+            Linear(2 * dim_out, dim_out),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +170,7 @@ class HierarchicalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.attn is not None:
             x = self.by_class(self.attn, token_shift(x, self.classes)) + x
-        return self.ff(token_shift(x, self.classes)) + x
+        return self.ff(x, self.classes) + x
 
     def by_class(self, attend: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Runs ``(B * classes, M', C)`` to the same on the residue classes of ``x (B, M, C)``.

@@ -32,6 +32,7 @@ from python_models.hierarchical_layers import (
     cosine_loss,
     cross_entropy,
 )
+from python_models.layers import Linear
 from python_models.pretrained import Pretrained
 from python_models.sampling import (
     Recomputation,
@@ -147,7 +148,7 @@ class HierarchicalTransformer(Pretrained, nn.Module):
 
         self.token_emb = nn.Embedding(num_tokens, max(self.dims))
         self.to_hierarchical_preds = nn.ModuleList(
-            nn.Linear(h.dim, h.dim) if h.factor > 1 else None for h in self.hierarchies
+            Linear(h.dim, h.dim) if h.factor > 1 else None for h in self.hierarchies
         )
         self.compressors = nn.ModuleList(
             Compress(h, max(self.dims), num_tokens, recon_loss_weight > 0) for h in self.hierarchies
@@ -162,7 +163,7 @@ class HierarchicalTransformer(Pretrained, nn.Module):
                 self.hierarchical_merges.append(HierarchicalMerge(sum(self.dims), dim_out))
         self.norms = nn.ModuleList(map(nn.LayerNorm, self.dims))
         dim_logits = sum(self.dims) if predict_use_all_hierarchy else predicting.dim
-        self.to_logits = nn.Linear(dim_logits, num_tokens, bias=False)
+        self.to_logits = Linear(dim_logits, num_tokens, bias=False)
 
     def forward(
         self,

@@ -5,7 +5,6 @@ Shapes: B batch, H heads, N tokens, D head channels, C model channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,98 +13,34 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import hierkernels as hk
-from hierkernels.memory import large_empty_like
+from hierkernels.products import linear
 from python_models.rotary import LocalRotaryEmbedding, project_turned
 
 
-def normalize(x: Tensor, gain: Tensor, floor: float) -> Tensor:
-    """``x / max(|x|, floor) * gain`` over the last dimension: ``(..., C)`` and ``(C,)``."""
-    return _scale_to(x, gain, _Unit(floor))
+def product_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast rounds x to where it enters a product; None if it would stay as it is."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * gain`` over the last dimension: ``(..., C)`` and ``(C,)``."""
-    return _scale_to(x, gain, _UnitMeanSquare(eps))
+def normalize(x: Tensor, gain: Tensor, eps: float, shift: int = 0) -> Tensor:
+    """``s / max(rms(s), eps) * gain`` of ``x (..., N, C)`` after token shift; see hk.rms_norm.
+
+    Meant to enter a product: under autocast the result has the dtype of that.
+    """
+    to = product_dtype(x)
+    if to in (torch.float16, torch.bfloat16) and x.dtype not in (to, torch.float32):
+        x = x.float()
+    return hk.rms_norm(x, gain, eps=eps, shift=shift, dtype=to)
 
 
-def _scale_to(x: Tensor, gain: Tensor, scale: _Unit | _UnitMeanSquare) -> Tensor:
-    if torch.compiler.is_compiling():  # which merges the passes itself
-        return _scaled(x, gain, scale)
-    return _Scaled.apply(x, gain, scale)[0]
+class Linear(nn.Linear):
+    """nn.Linear: its weights, its results; in float32 on CPUs by the quicker library."""
 
-
-def _scaled(x: Tensor, gain: Tensor, scale: _Unit | _UnitMeanSquare) -> Tensor:
-    wide = x.to(_at_least_float32(x, gain))
-    return (wide * scale.inverse(wide) * gain).to(torch.promote_types(x.dtype, gain.dtype))
-
-
-def _at_least_float32(x: Tensor, gain: Tensor) -> torch.dtype:
-    dtype = torch.promote_types(x.dtype, gain.dtype)
-    return torch.promote_types(dtype, torch.float32)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """Rows are divided by their length, or by a floor that it falls short of."""
-
-    floor: float
-
-    def inverse(self, x: Tensor) -> Tensor:
-        """What rows are multiplied with, ``(..., 1)``."""
-        return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=self.floor).reciprocal()
-
-    def slope(self, inverse: Tensor, channels: int) -> Tensor:
-        """d inverse = -slope x . dx."""
-        return (inverse**3).masked_fill_(inverse * self.floor >= 1, 0.0)
-
-
-@dataclass(frozen=True)
-class _UnitMeanSquare:
-    """Rows are divided by the root of their mean square and a small number."""
-
-    eps: float
-
-    def inverse(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (length * length / x.shape[-1] + self.eps).rsqrt()
-
-    def slope(self, inverse: Tensor, channels: int) -> Tensor:
-        return inverse**3 / channels
-
-
-class _Scaled(torch.autograd.Function):
-    """The gradients in as few passes over memory as possible: a third of the time."""
-
-    @staticmethod
-    def forward(x: Tensor, gain: Tensor, scale: _Unit | _UnitMeanSquare) -> tuple[Tensor, Tensor]:
-        wide = x.to(_at_least_float32(x, gain))
-        inverse = scale.inverse(wide)
-        out = torch.mul(wide, inverse, out=large_empty_like(wide)).mul_(gain)
-        return out.to(torch.promote_types(x.dtype, gain.dtype)), inverse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, gain, ctx.scale = inputs
-        ctx.save_for_backward(x, gain, output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():  # gradients of gradients
-            out = _scaled(x, gain, ctx.scale)
-            return (*torch.autograd.grad(out, (x, gain), grad, create_graph=True), None)
-        wide, weights = x.to(inverse.dtype), gain.to(inverse.dtype)
-        grad = grad.to(inverse.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            product = torch.mul(grad, wide, out=large_empty_like(wide))
-            rows = product.flatten(0, -2)
-            gain_grad = torch.mv(rows.T, inverse.flatten())
-            dot = torch.mv(rows, weights).view_as(inverse)
-        dot = dot * ctx.scale.slope(inverse, x.shape[-1])
-        x_grad = torch.mul(grad, weights, out=product).mul_(inverse)
-        x_grad.addcmul_(wide, dot, value=-1)
-        return x_grad.to(x.dtype), gain_grad.to(gain.dtype), None
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class PlainRMSNorm(nn.RMSNorm):
@@ -118,14 +53,15 @@ class PlainRMSNorm(nn.RMSNorm):
         eps = self.eps
         if eps is None:
             eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-        return rms_norm(x, self.weight, eps).to(x.dtype)
+        return hk.rms_norm(x, self.weight, eps=eps, eps_is_added=True, dtype=x.dtype)
 
 
 class RMSNorm(nn.Module):
     """Scales every token to unit root mean square: ``x / max(rms(x), eps) * g``.
 
-    ``(..., C) -> (..., C)``. Unlike ``F.rms_norm`` the small number is a floor and not an addend,
-    so an ordinary token is normalised exactly (Zhang and Sennrich, 2019, equation 4).
+    ``(..., N, C) -> (..., N, C)``. Unlike ``F.rms_norm`` the small number is a floor and not an
+    addend, so an ordinary token is normalised exactly (Zhang and Sennrich, 2019, equation 4).
+    ``shift`` delays the second half of the channels first, by so many tokens (see token_shift).
     """
 
     def __init__(self, dim: int, eps: float = 1e-8) -> None:
@@ -134,22 +70,29 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.g = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        # rms(x) = |x| * scale
-        return normalize(x, self.g / self.scale, self.eps / self.scale)
+    def forward(self, x: Tensor, shift: int = 0) -> Tensor:
+        return normalize(x, self.g, self.eps, shift)
 
 
 class FeedForward(nn.Sequential):
-    """Norm, expansion by ``mult``, GELU, dropout, contraction: ``(..., C) -> (..., C)``."""
+    """Token shift, norm, expansion by ``mult``, GELU, dropout, contraction: ``(B, N, C)`` to the
+    same."""
 
     def __init__(self, *, dim: int, mult: int = 4, dropout: float = 0.0) -> None:
         super().__init__(
             RMSNorm(dim),
-            nn.Linear(dim, dim * mult),
+            Linear(dim, dim * mult),
             nn.GELU(),
             nn.Dropout(dropout),
-            nn.Linear(dim * mult, dim),
+            Linear(dim * mult, dim),
         )
+
+    def forward(self, x: Tensor, shift: int = 0) -> Tensor:
+        norm, *layers = self
+        x = norm(x, shift)
+        for layer in layers:
+            x = layer(x)
+        return x
 
 
 class PreNorm(nn.Module):
@@ -317,7 +260,7 @@ class LocalMHA(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim) if prenorm else None
-        self.to_qkv = nn.Linear(dim, dim_head * heads * 3, bias=False)
+        self.to_qkv = Linear(dim, dim_head * heads * 3, bias=False)
         self.qk_rmsnorm = qk_rmsnorm
         if qk_rmsnorm:
             self.q_scale = nn.Parameter(torch.ones(dim_head))
@@ -329,8 +272,8 @@ class LocalMHA(nn.Module):
             scale=qk_scale if qk_rmsnorm else None, use_rotary_pos_emb=use_rotary_pos_emb,
             use_xpos=use_xpos, xpos_scale_base=xpos_scale_base,
         )  # fmt: skip
-        self.to_v_gate = nn.Sequential(nn.Linear(dim, heads)) if gate_values_per_head else None
-        self.to_out = nn.Linear(dim_head * heads, dim, bias=False)
+        self.to_v_gate = nn.Sequential(Linear(dim, heads)) if gate_values_per_head else None
+        self.to_out = Linear(dim_head * heads, dim, bias=False)
 
     def forward(
         self,

@@ -25,15 +25,15 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.arguments import check_integers, check_token_type, check_token_values
-from python_models.layers import FeedForward, RMSNorm, token_shift
+from python_models.layers import FeedForward, Linear, RMSNorm
 from python_models.megabyte_decoder import Decoder
 from python_models.pretrained import Pretrained
-from python_models.rotary import RotaryEmbedding, apply_rotary
+from python_models.rotary import RotaryEmbedding
 from python_models.sampling import Recomputation, chooser, collect, draw_tokens
 
 
 class Attention(nn.Module):
-    """Causal multi-query attention: H query heads share one key and value head.
+    """Token shift, then causal multi-query attention: H query heads share a key and value head.
 
     ``x (R, N, C) -> (R, N, C)``.
     """
@@ -43,16 +43,16 @@ class Attention(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.norm = RMSNorm(dim)
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_q = Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = Linear(dim, 2 * dim_head, bias=False)
+        self.to_out = Linear(heads * dim_head, dim, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = self.norm(x)
+        x = self.norm(x, shift=1)
         q = rearrange(self.to_q(x), "r n (h d) -> r h n d", h=self.heads)
         k, v = rearrange(self.to_kv(x), "r n (kv d) -> kv r 1 n d", kv=2)
         if rotary is not None:
-            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+            q, k = hk.rotary(q, *rotary), hk.rotary(k, *rotary)
         dropout_p = self.dropout if self.training else 0.0
         out = hk.attention(q, k, v, is_causal=True, dropout_p=dropout_p)
         return self.to_out(rearrange(out, "r h n d -> r n (h d)"))
@@ -90,10 +90,10 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        rotary = None if self.rotary_emb is None else self.rotary_emb(x.shape[1])
+        rotary = None if self.rotary_emb is None else self.rotary_emb.tables_of_pairs(x.shape[1])
         for attention, feed_forward in self.layers:
-            x = attention(token_shift(x), rotary) + x
-            x = feed_forward(token_shift(x)) + x
+            x = attention(x, rotary) + x
+            x = feed_forward(x, shift=1) + x
         return self.norm(x)
 
 
@@ -189,7 +189,7 @@ class MEGABYTE(Pretrained, nn.Module):
                     nn.Embedding(num_tokens, fine_dim),
                     Rearrange("b n patch c -> b n (patch c)"),
                     nn.LayerNorm(patch * fine_dim),
-                    nn.Linear(patch * fine_dim, c),
+                    Linear(patch * fine_dim, c),
                     nn.LayerNorm(c),
                 )
             )
@@ -210,13 +210,13 @@ class MEGABYTE(Pretrained, nn.Module):
         self.to_next_transformer_projections = nn.ModuleList(
             nn.Sequential(
                 Rearrange("r n c -> (r n) c"),
-                nn.Linear(c, next_c * next_n),
+                Linear(c, next_c * next_n),
                 Rearrange("r (n c) -> r n c", n=next_n),
             )
             for c, next_c, next_n in zip(dims[:-1], dims[1:], max_seq_len[1:], strict=True)
         )
         self.to_next_transformer_projections.append(nn.Identity())
-        self.to_logits = nn.Linear(fine_dim, num_tokens)
+        self.to_logits = Linear(fine_dim, num_tokens)
 
     def forward(self, ids: Tensor, return_loss: bool = False) -> Tensor:
         """Logits of the token after each token, or the mean cross-entropy in nats a token.

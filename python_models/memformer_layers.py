@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.arguments import check_token_type, check_token_values
-from python_models.layers import PreNorm, Residual
+from python_models.layers import Linear, PreNorm, Residual
 from python_models.relative_position import RelativePositionBias
 
 
@@ -29,9 +29,9 @@ class Attention(nn.Module):
         self.heads = heads
         self.is_causal = is_causal
         self.upstream_quirks = upstream_quirks
-        self.to_q = nn.Linear(dim, dim)
-        self.to_kv = nn.Linear(dim, 2 * dim)
-        self.to_out = nn.Linear(dim, dim)
+        self.to_q = Linear(dim, dim)
+        self.to_kv = Linear(dim, 2 * dim)
+        self.to_out = Linear(dim, dim)
 
     def queries(self, x: Tensor) -> Tensor:
         """``(B, N, C)`` to ``(B, H, N, D)``."""
@@ -105,7 +105,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(Linear(dim, 4 * dim), nn.GELU(), Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -165,7 +165,7 @@ class TransformerWrapper(nn.Module):
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.layer_blocks = layers
         self.norm = nn.LayerNorm(dim)
-        self.to_logits = nn.Linear(dim, num_tokens) if to_logits else nn.Identity()
+        self.to_logits = Linear(dim, num_tokens) if to_logits else nn.Identity()
 
     def forward(self, ids: Tensor, context: Tensor, **masks: Tensor | None) -> Tensor:
         x = self.layer_blocks(self.token_emb(ids), context, **masks)

@@ -6,8 +6,9 @@ Shapes: B batch, H heads, N tokens, D head channels, C model channels.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hierkernels.products import linear
 
 
 class RotaryEmbedding(nn.Module):
@@ -26,6 +27,11 @@ class RotaryEmbedding(nn.Module):
         """Angles of positions 0 to length - 1, ``(length, D / 2)``."""
         positions = torch.arange(length, device=self.inv_freq.device, dtype=self.inv_freq.dtype)
         return torch.outer(positions, self.inv_freq)
+
+    def tables_of_pairs(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for hk.rotary, positions from 0 on, each ``(length, D / 2)``."""
+        angles = self.angles(length)
+        return angles.cos(), angles.sin()
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         """Tables for :func:`apply_rotary` of positions 0 to length - 1, each ``(length, D)``."""
@@ -114,7 +120,7 @@ def project_turned(
     turned, inner = 2 * to_qkv.out_features // 3, to_qkv.out_features // 3
     halves = to_qkv.weight[:turned].view(2 * heads, 2, -1, to_qkv.in_features)
     pairs = halves.transpose(1, 2).reshape(turned, to_qkv.in_features)
-    qk, v = F.linear(x, torch.cat((pairs, to_qkv.weight[turned:]))).split((turned, inner), dim=-1)
+    qk, v = linear(x, torch.cat((pairs, to_qkv.weight[turned:]))).split((turned, inner), dim=-1)
     dtype = qk.dtype
     qk = qk.unflatten(-1, (2, heads, inner // heads // 2, 2))
     table = torch.stack(phases, dim=1).unsqueeze(2)  # (N, 2, 1, D / 2)

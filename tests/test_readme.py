@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import readme
+from benchmarks import plots, readme, report
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -24,6 +24,15 @@ def test_python_snippets_run_and_agree():
 def test_measured_tables_are_those_of_the_result_file():
     text = README.read_text()
     assert readme.updated(text) == text, "run: python -m benchmarks.readme"
+
+
+def test_plots_can_be_drawn_from_their_result_files():
+    places = readme.plots_of(README.read_text())
+    assert places
+    for name, result, image in places:
+        drawn = {name for name, _ in plots.figures(report.load(result))}
+        assert name in drawn, f"{result.name} has no plot {name}"
+        assert image.stat().st_size > 0
 
 
 def test_every_environment_variable_is_documented():

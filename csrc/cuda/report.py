@@ -47,7 +47,7 @@ def read_log(text: str) -> Iterator[Usage]:
         re.DOTALL,
     )
     serialised = set(
-        re.findall(r"wgmma\S* instructions are serialized.*in the function '(\w+)'", text)
+        re.findall(r"wgmma\S* instructions are serialized.*(?:in|for) the function '(\w+)'", text)
     )
     for mangled, arch, spilled, registers in entry.findall(text):
         yield Usage(demangle(mangled), arch, int(registers), int(spilled), mangled in serialised)

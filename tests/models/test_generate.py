@@ -180,6 +180,7 @@ def test_a_token_is_one_position_of_the_finest_stage(monkeypatch: pytest.MonkeyP
 
     class Counting:
         attention = staticmethod(counting)
+        rotary = staticmethod(hk.rotary)
 
     monkeypatch.setattr(megabyte, "hk", Counting)
     monkeypatch.setattr(megabyte_decoder, "hk", Counting)

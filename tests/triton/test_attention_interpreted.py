@@ -17,7 +17,7 @@ from hierkernels import dispatch
 from hierkernels.key_range import KeyRange, Staircase
 from hierkernels.ops.attention import reference, triton_configs
 from hierkernels.ops.attention import triton as backend
-from hierkernels.ops.attention.spec import Case, dtype_name
+from hierkernels.ops.attention.spec import CORRECTNESS, Case, dtype_name
 from hierkernels.ops.attention.triton_launch import is_short, plan_forward
 from hierkernels.testing import check_accuracy, compute, make_inputs, make_standard, poisoned_memory
 from hierkernels.triton_common.device import target_of
@@ -163,6 +163,12 @@ SHORT = (
     ),
 )  # fmt: skip
 
+# Those that all backends share, the types by turns.
+SHARED = tuple(
+    (case, (F32, BF16)[i % 2])
+    for i, case in enumerate(case for case in CORRECTNESS if "short" in case.name)
+)
+
 
 def _parameters(table: tuple[tuple[Case, torch.dtype], ...]) -> list:
     return [
@@ -190,7 +196,7 @@ def test_long_kernels(case: Case, dtype: torch.dtype) -> None:
     _check(case, dtype)
 
 
-@pytest.mark.parametrize(("case", "dtype"), _parameters(SHORT))
+@pytest.mark.parametrize(("case", "dtype"), _parameters(SHORT + SHARED))
 def test_several_sequences_in_a_tile(case: Case, dtype: torch.dtype) -> None:
     assert is_short(make_inputs(case, dtype).call())
     _check(case, dtype)

@@ -1,4 +1,4 @@
-"""The kernels of the sparse operators compiled ahead of time, without a GPU.
+"""The kernels of the sparse operators and of rows of channels, compiled without a GPU.
 
 The whole of each quick set is compiled once, in processes of its own (this one may interpret).
 """
@@ -18,12 +18,16 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from hierkernels.ops.native_sparse_attention import aot as native_sparse_attention
+from hierkernels.ops.rms_norm import aot as rms_norm
+from hierkernels.ops.rotary import aot as rotary
 from hierkernels.ops.select_blocks import aot as select_blocks
 from hierkernels.ops.selected_attention import aot as selected_attention
 from hierkernels.triton_common.aot import ARCHITECTURES
 
 OPS = {
     "native_sparse_attention": native_sparse_attention,
+    "rms_norm": rms_norm,
+    "rotary": rotary,
     "select_blocks": select_blocks,
     "selected_attention": selected_attention,
 }
@@ -69,6 +73,8 @@ def _check(op: str, reports: list[dict]) -> None:
         assert kernels >= {"lists", "forward", "backward_dq", "backward_dkv"}
     elif op == "native_sparse_attention":
         assert kernels == {"sum_forward", "sum_backward"}
+    elif op == "rms_norm":
+        assert kernels == {"forward", "backward"}
     else:
         assert len(kernels) == 1
     assert not [f"{r['kernel']} {r['tile']}: {r['problem']}" for r in reports if r["problem"]]

@@ -4,7 +4,8 @@
 // A task is 128 packed rows of one key/value head: row r is query r / G of head r % G of its group. For each
 // block of 128 keys, and each strip of 32 rows in it: scores S = Q K^T by tiles into a buffer that stays in L1,
 // softmax numerators P by rows, O += P V by tiles. K and V are packed once a key/value head when several tasks
-// share them, else block by block inside the task.
+// share them, else block by block inside the task. A thread that computes a whole head packs keys when the first row
+// sees them, over those that no later row sees: with a window, the packs stay in cache.
 //
 // The phases are not interleaved: AMX and 512-bit FMA hardly overlap on the machines at hand.
 #include <omp.h>
@@ -48,11 +49,13 @@ struct Forward {
   const int64_t blocks; // tasks of a key/value head
   const bool share;     // K and V packed once a head
   const bool stream;    // a large output of whole, aligned cache lines goes past the caches
+  const bool own;       // K and V are packed by the thread that computes the head
+  const int64_t ring;   // keys that are kept packed; key j lies at j % ring
   const int64_t o_stride;
   const __m512i flip;   // a negative scale is moved into q
   const float scale;    // its absolute value
 
-  explicit Forward(const AttentionParams& params)
+  Forward(const AttentionParams& params, int64_t threads)
       : p(params),
         modifiers(ScoreModifiers::from(params)),
         modified(modifiers.additive || params.softcap != 0),
@@ -69,12 +72,30 @@ struct Forward {
         rows(Nq * G),
         blocks((rows + kRows - 1) / kRows),
         share(blocks > 1),
-        stream(!share && worth_streaming(params.out)),
+        stream(worth_streaming(params.out)),
+        // Where it shares the work evenly, each thread packs the heads that it computes: they are still in its caches
+        // then, and no thread waits.
+        own(share && (B * Hkv % threads == 0 || B * Hkv >= 8 * threads)),
+        ring(own ? most_keys() : padded_keys()),
         o_stride(v_steps * 32 + 16),
         flip(_mm512_set1_epi16(params.scale < 0 ? static_cast<int16_t>(0x8000) : 0)),
         scale(std::fabs(static_cast<float>(params.scale))) {}
 
   int64_t padded_keys() const { return (Nk + kKeys - 1) / kKeys * kKeys; }
+  // What the rows of a block see, from a multiple of kKeys on.
+  int64_t first_key(int64_t block) const { return p.range.lo.at(block * kRows / G, Nk) / kKeys * kKeys; }
+  int64_t end_key(int64_t block) const {
+    const int64_t end = block * kRows + kRows < rows ? block * kRows + kRows : rows;
+    return p.range.hi.at((end - 1) / G, Nk);
+  }
+  int64_t most_keys() const {
+    int64_t most = kKeys;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t keys = (end_key(block) - first_key(block) + kKeys - 1) / kKeys * kKeys;
+      most = keys > most ? keys : most;
+    }
+    return most;
+  }
 
   // Buffers of a thread.
   struct Buffers {
@@ -374,8 +395,8 @@ struct Task {
     for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
       const bf16 *k_block = m.k, *v_block = m.v;
       if (k) {
-        k_block = k + j0 * f.steps * 32;
-        v_block = v + j0 * f.v_steps * 32;
+        k_block = k + j0 % f.ring * f.steps * 32;
+        v_block = v + j0 % f.ring * f.v_steps * 32;
       } else {
         for (int64_t j = j0; j < j0 + kKeys && j < end; j += 32)
           f.pack_keys(b, h, j, m.k + (j - j0) * f.steps * 32, m.v + (j - j0) * f.v_steps * 32);
@@ -425,22 +446,20 @@ struct Task {
 }  // namespace
 
 void attention_forward(const AttentionParams& p) {
-  const Forward f(p);
+  const int64_t threads = omp_get_max_threads();
+  const Forward f(p, threads);
   if (f.B * f.Hkv == 0 || f.rows == 0) return;
   advise_huge_pages(p.out.data, p.out.span_bytes());
   const int64_t heads = f.B * f.Hkv;
-  const int64_t k_size = f.padded_keys() * f.steps * 32, v_size = f.padded_keys() * f.v_steps * 32;
-  // Where it shares the work evenly, each thread packs the heads that it computes: they are still in its caches then,
-  // and no thread waits. Else all threads pack, in waves that fit a buffer.
-  const int64_t threads = omp_get_max_threads();
-  const bool own = f.share && (heads % threads == 0 || heads >= 8 * threads);
+  const int64_t k_size = f.ring * f.steps * 32, v_size = f.ring * f.v_steps * 32;
+  // If no thread packs for itself, all threads do for all, in waves that fit a buffer.
   int64_t wave = heads;
   char* packs = nullptr;
   if (f.share) {
     const int64_t bytes = 2 * (k_size + v_size);
     wave = kSharedPackBytes / (bytes > 0 ? bytes : 1);
     wave = wave < 1 ? 1 : wave > heads ? heads : wave;
-    if (own) wave = threads;
+    if (f.own) wave = threads;
     packs = thread_scratch(ScratchUse::kShared, wave * bytes);
   }
   bf16* const k_packs = reinterpret_cast<bf16*>(packs);
@@ -453,16 +472,19 @@ void attention_forward(const AttentionParams& p) {
 #pragma omp for schedule(static)
       for (int64_t head = 0; head < heads; ++head)
         Task(f, buffers, head / f.Hkv, head % f.Hkv, 0).run(nullptr, nullptr);
-      _mm_sfence();  // streamed stores become visible to the thread that goes on
-    } else if (own) {
+    } else if (f.own) {
       bf16* const k_pack = k_packs + omp_get_thread_num() * k_size;
       bf16* const v_pack = v_packs + omp_get_thread_num() * v_size;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t head = 0; head < heads; ++head) {
-        for (int64_t j0 = 0; j0 < f.Nk; j0 += 32)
-          f.pack_keys(head / f.Hkv, head % f.Hkv, j0, k_pack + j0 * f.steps * 32, v_pack + j0 * f.v_steps * 32);
-        for (int64_t block = f.blocks - 1; block >= 0; --block)
+        int64_t packed = 0;
+        for (int64_t block = 0; block < f.blocks; ++block) {
+          if (const int64_t first = f.first_key(block); packed < first) packed = first;
+          for (const int64_t end = f.end_key(block); packed < end; packed += 32)
+            f.pack_keys(head / f.Hkv, head % f.Hkv, packed, k_pack + packed % f.ring * f.steps * 32,
+                        v_pack + packed % f.ring * f.v_steps * 32);
           Task(f, buffers, head / f.Hkv, head % f.Hkv, block).run(k_pack, v_pack);
+        }
       }
     } else {
       for (int64_t first = 0; first < heads; first += wave) {
@@ -482,6 +504,7 @@ void attention_forward(const AttentionParams& p) {
         }
       }
     }
+    _mm_sfence();  // streamed stores become visible to the thread that goes on
   }
 }
 

@@ -13,8 +13,8 @@ namespace {
 
 // Of one token: dresidual = dout act(z), dmix = dout residual act'(z), columns column .. column + count, to d (and to
 // dgate_residual, which it is). Returns the sum of dmix.
-template <Activation A, class F, class T>
-F differentiate_row(const SguParams& p, const SguShape& s, int64_t h, int64_t n, int64_t column, int64_t count, F* d,
+template <Activation A, class F, class T, class E>
+F differentiate_row(const SguParams& p, const SguShape& s, int64_t h, int64_t n, int64_t column, int64_t count, E* d,
                     bool streamed) {
   constexpr int W = kWidth<F>;
   Vec<F> sum = zero<F>();
@@ -39,10 +39,10 @@ F differentiate_row(const SguParams& p, const SguShape& s, int64_t h, int64_t n,
     int64_t i = 0;
     for (; i + W <= length; i += W)
       compute(i, [](const T* x) { return load_as<F>(x); }, [&](T* to, Vec<F> x) { put<F>(to, x, streamed); },
-              [](F* to, Vec<F> x) { store(to, x); });
+              [](E* to, Vec<F> x) { put<F>(to, x, false); });
     if (const int rest = static_cast<int>(length - i); rest > 0)
       compute(i, [&](const T* x) { return load_as<F>(x, rest); }, [&](T* to, Vec<F> x) { store_as<F>(to, x, rest); },
-              [&](F* to, Vec<F> x) { store(to, x, rest); });
+              [&](E* to, Vec<F> x) { store_as<F>(to, x, rest); });
   });
   return reduce_add(sum);
 }
@@ -60,7 +60,7 @@ class Backward {
                  (!p.dgate_residual || worth_streaming<T>(p.dgate_residual, s))),
         stream_dgate(worth_streaming<T>(p.dgate, s)),
         write_dweight(choose_write<F>(params.dweight.dtype)) {
-    with_activation(p.activation, [&]<Activation A>() { differentiate = differentiate_row<A, F, T>; });
+    with_activation(p.activation, [&]<Activation A>() { differentiate = differentiate_row<A, F, T, E>; });
     if (has_small_window(s)) gradient.splits = p.dweight ? tasks.chunks * tasks.ranges : 1;
   }
 
@@ -81,7 +81,7 @@ class Backward {
   MixTasks tasks;
   WeightGradient<Engine> gradient;
   const bool streamed, stream_dgate;  // results are written past the caches
-  F (*differentiate)(const SguParams&, const SguShape&, int64_t, int64_t, int64_t, int64_t, F*, bool);
+  F (*differentiate)(const SguParams&, const SguShape&, int64_t, int64_t, int64_t, int64_t, E*, bool);
   WriteWeightGradient<F> write_dweight;
 
   int64_t chunk_columns() const { return tasks.chunk_strips * S; }
@@ -95,23 +95,19 @@ class Backward {
     E *dmix, *tiles, *gate;
     F* sums;
   };
-  // A thread's sums, panels, rows to transpose, and row of dmix.
+  // A thread's sums, panels, and rows to transpose.
   struct Own {
     F* c;
     E *panels, *lines;
-    F* line;
   };
   struct OwnParts {
-    size_t c, panels, lines, line;
+    size_t c, panels, lines;
     template <class Backward>
     OwnParts(Parts& parts, const Backward& f)
         : c(parts.of<F>(Engine::kBlockRows * kChunkStride)),
           panels(parts.of<E>(max_of(f.mix.panels_size(), f.gradient.panels_size()))),
-          lines(parts.of<E>(S * kLine)),
-          line(parts.of<F>(kLine)) {}
-    Own at(char* base) const {
-      return {part<F>(base, c), part<E>(base, panels), part<E>(base, lines), part<F>(base, line)};
-    }
+          lines(parts.of<E>(S * kLine)) {}
+    Own at(char* base) const { return {part<F>(base, c), part<E>(base, panels), part<E>(base, lines)}; }
   };
 
   // ---- one head after another, by all threads together ----
@@ -206,6 +202,8 @@ class Backward {
                           part<F>(mine, row_sums_at)};
       const Own buffers = own_parts.at(mine);
       Mix<Engine> product = mix;
+      RowsAhead ahead;
+      product.ahead = &ahead;
       const typename Engine::Session session;
       int64_t packed_head = -1;
       // The panels of the weight are kept: those of dmix need room of their own.
@@ -235,6 +233,7 @@ class Backward {
     const int64_t end = min_of(begin + tasks.range, s.buckets), width = columns_of(chunk);
     const int64_t dmix_size = tasks.chunk_strips * mix.strip_size(), c_stride = gradient.columns();
     const auto narrow = gradient.of_columns(width);
+    const int64_t n_products = product.products(ceil_div(width, S));
     SguParams quiet = p;  // the bucket after the last is another task's to write
     quiet.dresidual = quiet.dgate_residual = Tensor{};
     const auto dmix = [&](int64_t bucket) { return ring.dmix + bucket % 2 * dmix_size; };
@@ -255,6 +254,7 @@ class Backward {
       }
       if (mine)
         for (int64_t row = 0; row < s.tokens(bucket); ++row) sums[row] += ring.sums[row];
+      aim_at_next(*product.ahead, task, bucket + 1, n_products);
       if (p.dgate && bucket > begin)
         for (int64_t block = 0; block < mix.blocks(); ++block)
           compute_dgate(product, h, bucket - 1, block, chunk, dmix, own.c);
@@ -263,9 +263,23 @@ class Backward {
           const int64_t row = block * Engine::kBlockRows;
           const GradientRange g{row, min_of(Engine::kBlockRows, s.w - row), 0, c_stride / S, 0};
           narrow.add_bucket(g, s.tokens(bucket), Engine::kTiledGradient ? ring.tiles : dmix(bucket), gate(bucket),
-                            bucket > 0 ? gate(bucket - 1) : nullptr, panels, partial + row * c_stride, c_stride);
+                            bucket > 0 ? gate(bucket - 1) : nullptr, panels, partial + row * c_stride, c_stride,
+                            product.ahead);
         }
     }
+  }
+
+  // Inputs of a task's next bucket, to be asked for during so many products.
+  void aim_at_next(RowsAhead& ahead, int64_t task, int64_t bucket, int64_t n_products) const {
+    const int64_t end = tasks.first_bucket(task) + tasks.range, chunk = tasks.chunk(task);
+    const bool needed = bucket < s.buckets && (bucket < end || (bucket == end && p.dgate));
+    ahead.aim(s, tasks.head(task), bucket * s.w, needed ? s.tokens(bucket) : 0, chunk * chunk_columns(),
+              columns_of(chunk));
+    ahead.add(p.dout);
+    ahead.add(p.residual);
+    ahead.add(p.z);
+    if (p.dweight && bucket < end) ahead.add(p.gate);
+    ahead.spread(n_products);
   }
 
   // ---- parts of both ----
@@ -283,11 +297,8 @@ class Backward {
         for (int i = 0; i < G; ++i) {
           E* x = own.lines + i * kLine;
           const bool there = r + i < rows;
-          if (there) {
-            F* d = kSame<E, F> ? reinterpret_cast<F*>(x) : own.line;
-            to.sums[row + r + i] += differentiate(q, s, h, token + r + i, first_column + at, width, d, streamed);
-            if constexpr (!kSame<E, F>) Engine::round_row(own.line, width, x);
-          }
+          if (there)
+            to.sums[row + r + i] += differentiate(q, s, h, token + r + i, first_column + at, width, x, streamed);
           for (int64_t column = there ? width : 0; column < whole; ++column) x[column] = E{};
           line[i] = x;
         }

@@ -1,5 +1,6 @@
 // Products of bfloat16 by tiles: 32 rows x 32 columns, 32 terms at a time. Included by *_amx.cpp and *_avx512bf16.cpp
-// after the products they chose, amx_products.h or dot_products.h.
+// after the products they chose, amx_products.h or dot_products.h, and kBf16BlockRows, the rows of a block: their sums
+// with 1024 columns belong in the second-level cache.
 //
 // Panels are A tiles, [32 terms][half of the rows][16 rows][32 terms]; strips are B tiles,
 // [32 terms][half of the columns][16 pairs of terms][16 columns][2].
@@ -16,7 +17,7 @@ struct Bf16Engine {
   using Sum = float;
   using Session = ProductSession;
   static constexpr int64_t kStrip = 32, kPanel = 32, kUnit = 32, kGroup = 2;
-  static constexpr int64_t kBlockRows = 256, kStepTerms = 256;
+  static constexpr int64_t kBlockRows = kBf16BlockRows, kStepTerms = 256;
   static constexpr bool kTiledGradient = true;
 
   static int64_t strip_size(int64_t rows) { return round_to(rows, kUnit) * kStrip; }
@@ -53,14 +54,6 @@ struct Bf16Engine {
     for (int64_t at = 0; at < count; at += 32, to += 2 * kTile) {
       _mm512_store_si512(to, _mm512_loadu_si512(line[0] + at));
       _mm512_store_si512(to + 32, _mm512_loadu_si512(line[1] + at));
-    }
-  }
-
-  // With room for whole vectors.
-  static HK_INLINE void round_row(const float* x, int64_t count, BFloat16* out) {
-    for (int64_t i = 0; i < count; i += 32) {
-      const int64_t n = count - i;
-      _mm512_storeu_si512(out + i, load_row(x + i, n));
     }
   }
 

@@ -38,6 +38,44 @@ HK_INLINE void prefetch_ahead(const Tensor& t, const T* x, int64_t n, int64_t le
   if (n + kAhead < t.size[1]) prefetch(x + kAhead * t.stride[1], length * static_cast<int64_t>(sizeof(T)));
 }
 
+// Rows of tensors that a task needs next: asked for between its products, a few at a time, so that the memory is not
+// idle while the products run.
+class RowsAhead {
+ public:
+  // Aims at tokens first .. first + tokens, columns [column, column + count); at nothing before add().
+  HK_INLINE void aim(const SguShape& s, int64_t h, int64_t first, int64_t tokens, int64_t column, int64_t count) {
+    shape_ = &s;
+    head_ = h, first_ = first, tokens_ = tokens, column_ = column, count_ = count;
+    n_tensors_ = 0;
+    tensor_ = row_ = rows_a_time_ = 0;
+  }
+  HK_INLINE void add(const Tensor& t) {
+    if (t && tokens_ > 0) tensors_[n_tensors_++] = &t;
+  }
+  // So that everything has been asked for after so many calls of ask.
+  HK_INLINE void spread(int64_t calls) { rows_a_time_ = ceil_div(n_tensors_ * tokens_, max_of(calls, 1)); }
+
+  HK_INLINE void ask() {
+    for (int64_t i = 0; i < rows_a_time_ && tensor_ < n_tensors_; ++i) {
+      const Tensor& t = *tensors_[tensor_];
+      const int64_t bytes = t.element_bytes();
+      for_each_run(*shape_, column_, count_, [&](int64_t b, int64_t c, int64_t, int64_t length) {
+        const int64_t at = b * t.stride[0] + (first_ + row_) * t.stride[1] + head_ * shape_->dim + c;
+        prefetch(t.as<char>() + at * bytes, length * bytes);
+      });
+      if (++row_ == tokens_) row_ = 0, ++tensor_;
+    }
+  }
+
+ private:
+  static constexpr int kMost = 4;
+  const SguShape* shape_ = nullptr;
+  const Tensor* tensors_[kMost];
+  int64_t head_ = 0, first_ = 0, tokens_ = 0, column_ = 0, count_ = 0, rows_a_time_ = 0;
+  int n_tensors_ = 0, tensor_ = 0;
+  int64_t row_ = 0;
+};
+
 // Whether to write a result past the caches: it is large, and runs of channels are whole vectors at such addresses.
 template <class T>
 HK_INLINE bool worth_streaming(const Tensor& t, const SguShape& s) {

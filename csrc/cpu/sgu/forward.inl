@@ -138,6 +138,8 @@ class Forward {
       F* const c = part<F>(base, c_at);
       E* const strips = part<E>(base, strips_at);
       Mix<Engine> product = mix;
+      RowsAhead ahead;
+      product.ahead = &ahead;
       const typename Engine::Session session;
       int64_t packed_head = -1;
 #pragma omp for schedule(dynamic)
@@ -151,6 +153,10 @@ class Forward {
           pack_strips<Engine, T>(p.gate, s, h, bucket * s.w, s.tokens(bucket), 0, chunk * chunk_columns(),
                                  columns_of(chunk), part<E>(base, lines_at), bucket_strips(bucket), mix.strip_size());
           if (bucket < begin) continue;
+          ahead.aim(s, h, bucket * s.w, s.tokens(bucket), chunk * chunk_columns(), columns_of(chunk));
+          ahead.add(p.residual);
+          ahead.add(p.gate_residual);
+          ahead.spread(product.products(n_strips));
           for (int64_t block = 0; block * Engine::kBlockRows < s.tokens(bucket); ++block) {
             product.multiply_block(bucket, block, n_strips, bucket_strips, c, kChunkStride);
             finish_block(h, bucket, block, chunk, c);

@@ -42,7 +42,11 @@ class Mix {
   Mix(const SguShape& shape, const Tensor& weight, bool transposed)
       : s_(shape), weight_(weight), transposed_(transposed) {}
 
+  RowsAhead* ahead = nullptr;  // asked between products
+
   int64_t blocks() const { return ceil_div(s_.w, Engine::kBlockRows); }
+  // About how many products of a panel and a strip a bucket takes.
+  int64_t products(int64_t n_strips) const { return n_strips * ceil_div(s_.w, Engine::kPanel) * 2; }
   bool keeps_panels() const { return has_small_window(s_); }
   int64_t panels_size() const { return (keeps_panels() ? blocks() * 2 * steps() : 1) * step_size(); }
   int64_t strip_size() const { return Engine::strip_size(s_.w); }
@@ -121,6 +125,7 @@ class Mix {
         if (begin >= end) continue;
         Engine::multiply(n, panels + p / R * Engine::panel_size() + (begin - g.first) * R, x + begin * Engine::kStrip,
                          end - begin, c + p * c_stride + strip * Engine::kStrip, c_stride, update);
+        if (ahead) ahead->ask();
       }
     }
   }

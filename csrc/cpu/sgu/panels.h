@@ -12,7 +12,7 @@
 //   multiply(rows, panel, strip, terms, c, c_stride, update)    may store whole panels of rows
 //   Session      lives while a thread multiplies
 // The weight's gradient has rows of dmix as panels. An engine with kTiledGradient writes them where dmix is computed
-// (rows_to_tiles), the other packs them from strips (strips_to_panels). round_row: Sum to Element, if they differ.
+// (rows_to_tiles), the other packs them from strips (strips_to_panels).
 #pragma once
 #include "columns.h"
 

@@ -1,5 +1,12 @@
 #define HK_ISA amx
 #include "../attention/amx_products.h"
+
+namespace hierkernels::HK_ISA {
+namespace {
+constexpr int64_t kBf16BlockRows = 256;  // 2 MB of second-level cache
+}
+}  // namespace hierkernels::HK_ISA
+
 #include "bf16_engine.h"
 #include "backward.inl"
 #include "forward.inl"

@@ -1,5 +1,12 @@
 #define HK_ISA avx512bf16
 #include "../attention/dot_products.h"
+
+namespace hierkernels::HK_ISA {
+namespace {
+constexpr int64_t kBf16BlockRows = 128;  // 1 MB of second-level cache
+}
+}  // namespace hierkernels::HK_ISA
+
 #include "bf16_engine.h"
 #include "backward.inl"
 #include "forward.inl"

@@ -67,9 +67,10 @@ class WeightGradient {
     return g;
   }
 
-  // Adds a bucket's part of a range to c. before: the gate of the bucket before, if there is one.
+  // Adds a bucket's part of a range to c. before: the gate of the bucket before, if there is one; ahead: asked between
+  // products.
   void add_bucket(const GradientRange& g, int64_t tokens, const E* dmix, const E* gate, const E* before, E* panels,
-                  F* c, int64_t c_stride) const {
+                  F* c, int64_t c_stride, RowsAhead* ahead = nullptr) const {
     const int64_t rows = min_of(g.rows, tokens - g.row);
     if (rows <= 0) return;
     for (int64_t first = 0; first < terms_; first += Engine::kStepTerms) {
@@ -90,9 +91,11 @@ class WeightGradient {
         const E* y = (own ? gate : before) + token_strip * gate_strip_size() + first * S;
         // Rows before the strip's first token see nothing of it.
         const int64_t unseen = own ? max_of(token_strip * S - g.row, 0) / Engine::kPanel : 0;
-        for (int64_t p = unseen * Engine::kPanel; p < rows; p += Engine::kPanel)
+        for (int64_t p = unseen * Engine::kPanel; p < rows; p += Engine::kPanel) {
           Engine::multiply(min_of(Engine::kPanel, rows - p), a + p / Engine::kPanel * a_size, y, count,
                            c + p * c_stride + i * S, c_stride, Update::kAdd);
+          if (ahead) ahead->ask();
+        }
       }
     }
   }

@@ -137,7 +137,8 @@ __device__ void consume(const HopperArgs& p, const Memory<kDim>& m, int group, i
       ptx::wgmma_fence();
       add_product<T, typename S::Queries>(dv, weights, dout);
       ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();
+      // At 128 channels dV is waited for as well: the weights' registers are needed for the gradients.
+      ptx::wgmma_wait<kDim == 64 ? 1 : 0>();
       ptx::settle(dp);
 #pragma unroll
       for (int n = 0; n < kSums / 4; ++n) {

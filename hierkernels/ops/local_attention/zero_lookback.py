@@ -39,14 +39,21 @@ def _extra(call: LocalCall, dtype: torch.dtype) -> torch.Tensor:
 def merge_zero_keys(
     call: LocalCall, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of the real keys -> of the real and the zero keys."""
-    n = call.before
+    """(out, lse) of the real keys -> of the real and the zero keys.
+
+    Splits, not slices: the gradient of a split is one concatenation.
+    """
+    N = out.shape[2]
+    n = torch.sym_min(call.before, N)
     extra = _extra(call, lse.dtype)
-    real = lse[:, :, :n]
+    real, lse_rest = lse.split_with_sizes((n, N - n), dim=2)
+    first, out_rest = out.split_with_sizes((n, N - n), dim=2)
     # Where both are -inf the query still sees nothing: differences of 0 instead of NaN.
     seen = (real > float("-inf")) | (extra > float("-inf"))
     real, extra = real.masked_fill(~seen, 0.0), extra.masked_fill(~seen, 0.0)
-    share = torch.sigmoid(real - extra)[..., None]
-    out = torch.cat(((out[:, :, :n] * share).to(out.dtype), out[:, :, n:]), dim=2)
+    first = (first * torch.sigmoid(real - extra)[..., None]).to(out.dtype)
     real = torch.logaddexp(real, extra).masked_fill(~seen, float("-inf"))
-    return out, torch.cat((real, lse[:, :, n:]), dim=2)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        out[:, :, :n], lse[:, :, :n] = first, real  # the kernel's own, which nobody else has seen
+        return out, lse
+    return torch.cat((first, out_rest), dim=2), torch.cat((real, lse_rest), dim=2)

@@ -1,0 +1,129 @@
+// Root-mean-square norm of rows, some channels of which come from an earlier row of the sequence.
+#pragma once
+#include "../../common/rowwise_params.h"
+#include "../simd.h"
+
+namespace hierkernels {
+namespace HK_ISA {
+namespace {
+
+// F: what is computed in; TX, TO: stored types of x and out.
+template <class F, class TX, class TO>
+struct RmsNorm {
+  using V = Vec<F>;
+  static constexpr int kW = kWidth<F>;
+  // Below so many elements the threads take longer to start than to compute.
+  static constexpr int64_t kParallel = 16384;
+
+  const RmsNormParams& p;
+  const int64_t N, C, rows;
+
+  explicit RmsNorm(const RmsNormParams& params)
+      : p(params), N(p.x.size[1]), C(p.x.size[2]), rows(p.x.size[0] * N) {}
+
+  // The two pieces of a row: [begin, end) of its channels, and by how many elements earlier they lie; -1: zeros.
+  struct Piece {
+    int64_t begin, end, back;
+  };
+  Piece piece(int i, int64_t row) const {
+    if (i == 0) return {0, p.kept, 0};
+    return {p.kept, C, row % N >= p.shift ? p.shift * C : -1};
+  }
+
+  // body(c, n, piece) for every vector of n channels from c.
+  template <class Body>
+  HK_INLINE void for_channels(int64_t row, Body body) const {
+    for (int i = 0; i < 2; ++i) {
+      const Piece q = piece(i, row);
+      int64_t c = q.begin;
+      for (; c + kW <= q.end; c += kW) body(c, kW, q);
+      if (c < q.end) body(c, static_cast<int>(q.end - c), q);
+    }
+  }
+
+  template <class T>
+  static HK_INLINE V take(const T* at, int n) {
+    return n == kW ? load_as<F>(at) : load_as<F>(at, n);
+  }
+  template <class T>
+  static HK_INLINE void put(T* at, V v, int n) {
+    if (n == kW)
+      store_as<F>(at, v);
+    else
+      store_as<F>(at, v, n);
+  }
+  // The shifted row.
+  HK_INLINE V source(int64_t row, int64_t c, int n, const Piece& q) const {
+    return q.back < 0 ? V{} : take(p.x.as<TX>() + row * C + c - q.back, n);
+  }
+
+  void forward() const {
+    const F floor = static_cast<F>(p.floor), scale = static_cast<F>(p.scale);
+#pragma omp parallel for schedule(static) if (rows * C > kParallel)
+    for (int64_t row = 0; row < rows; ++row) {
+      V squares{};
+      for_channels(row, [&](int64_t c, int n, const Piece& q) {
+        const V s = source(row, c, n, q);
+        squares = fma(s, s, squares);
+      });
+      const F length = square_root(reduce_add(squares) + static_cast<F>(p.addend));
+      // NaN stays NaN.
+      const F inverse = F(1) / (length < floor ? floor : length);
+      p.inverse.as<F>()[row] = inverse;
+      const F factor = inverse * scale;
+      TO* out = p.out.as<TO>() + row * C;
+      for_channels(row, [&](int64_t c, int n, const Piece& q) {
+        put(out + c, source(row, c, n, q) * factor * take(p.weight.as<F>() + c, n), n);
+      });
+    }
+  }
+
+  void backward() const {
+    const int64_t parts = p.dweight ? p.dweight.size[0] : 1;
+    const int64_t most = (rows + parts - 1) / parts;
+    if (p.dweight) {
+#pragma omp parallel for schedule(static) if (rows * C > kParallel)
+      for (int64_t part = 0; part < parts; ++part) {
+        F* sums = p.dweight.as<F>() + part * C;
+        for (int64_t c = 0; c < C; ++c) sums[c] = F(0);
+        const int64_t end = (part + 1) * most < rows ? (part + 1) * most : rows;
+        for (int64_t row = part * most; row < end; ++row) backward_row(row, sums);
+      }
+    } else {
+#pragma omp parallel for schedule(static) if (rows * C > kParallel)
+      for (int64_t row = 0; row < rows; ++row) backward_row(row, nullptr);
+    }
+  }
+
+  HK_INLINE void backward_row(int64_t row, F* sums) const {
+    const F scale = static_cast<F>(p.scale), inverse = p.inverse.as<F>()[row];
+    const TO* dout = p.dout.as<TO>() + row * C;
+    const F* weight = p.weight.as<F>();
+    V dots{};
+    for_channels(row, [&](int64_t c, int n, const Piece& q) {
+      const V s = source(row, c, n, q), g = take(dout + c, n);
+      dots = fma(g * take(weight + c, n), s, dots);
+      if (sums) put(sums + c, fma(g * (inverse * scale), s, take(sums + c, n)), n);
+    });
+    if (!p.dx) return;
+    // Below the floor the length has no effect.
+    const bool floored = inverse * static_cast<F>(p.floor) >= F(1);
+    const F factor = inverse * scale;
+    const F along = floored ? F(0) : factor * (inverse * inverse) * reduce_add(dots);
+    TX* dx = p.dx.as<TX>() + row * C;
+    for_channels(row, [&](int64_t c, int n, const Piece& q) {
+      if (q.back < 0) return;
+      const V grad = take(dout + c, n) * take(weight + c, n) * factor - source(row, c, n, q) * along;
+      put(dx + c - q.back, grad, n);
+    });
+    if (p.kept < C && row % N >= N - p.shift)  // read by no later token
+      for (int64_t c = p.kept; c < C; ++c) dx[c] = TX{};
+  }
+
+  static HK_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+  static HK_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+};
+
+}  // namespace
+}  // namespace HK_ISA
+}  // namespace hierkernels

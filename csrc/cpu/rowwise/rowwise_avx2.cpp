@@ -1,0 +1,2 @@
+#define HK_ISA avx2
+#include "rowwise.inl"

@@ -1,0 +1,2 @@
+#define HK_ISA generic
+#include "rowwise.inl"

@@ -1,0 +1,61 @@
+"""Compiles the rms_norm kernels for GPUs that are not there and reports what they use.
+
+    python -m hierkernels.ops.rms_norm.aot [--full] [--arch 80 90 100] [--jobs 2] [--json FILE]
+
+See hierkernels/triton_common/aot.py for what is a failure.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from hierkernels.ops.rms_norm.api import make_call
+from hierkernels.ops.rms_norm.triton import plan_backward, plan_forward
+from hierkernels.triton_common.aot import main
+from hierkernels.triton_common.launch import Launch, Target
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call to compile: channels, dtypes of x and of the result, token shift."""
+
+    name: str
+    channels: int
+    dtype: str = "float32"
+    to: str = "bfloat16"
+    shift: int = 1
+    quick: bool = False  # part of the set for continuous integration
+
+
+CASES = (
+    Case("shifted", 512, quick=True),
+    Case("plain", 768, "bfloat16", shift=0, quick=True),
+    Case("narrow", 96, "float16", "float32"),
+    Case("wide", 8192, "bfloat16"),
+)
+
+
+def spill_limit(case: Case) -> float:
+    """None may spill."""
+    return 0
+
+
+def plan(case: Case, arch: int) -> list[Launch]:
+    """The launches of a case: forward, then backward."""
+    to = getattr(torch, case.to)
+    x = torch.empty(8, 1024, case.channels, dtype=getattr(torch, case.dtype), device="meta")
+    weight = torch.empty(case.channels, dtype=x.dtype, device="meta")
+    call = make_call(x, weight, shift=case.shift, dtype=to)
+    out, inverse = call.new_outputs()
+    target = Target(f"sm_{arch}", "tf32")
+    return [
+        plan_forward(call, target, out, inverse),
+        plan_backward(call, target, inverse, out, x)[0],
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main("hierkernels.ops.rms_norm.aot", __doc__))

@@ -1,0 +1,162 @@
+"""Root-mean-square norm in Triton: a tile holds whole rows, so each tensor is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from hierkernels.ops.rms_norm.call import NormCall
+from hierkernels.triton_common.device import device_reasons, target_of
+from hierkernels.triton_common.launch import Launch, Target
+from hierkernels.triton_common.tiles import rounded
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Whether the kernels are interpreted is settled when this module is imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_ELEMENTS = 2048  # of a tile, of which a program holds up to four: 16 a thread, with 4 warps
+_MAX_CHANNELS = 8192
+# The gradient of the weight is summed in so many parts at most, which are then added in order.
+_PARTS = 512
+
+
+@triton.jit
+def _places(
+    rows, n_rows, tokens, shift, kept, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Of a tile [BLOCK_M, BLOCK_C]: its addresses, where they come from, whether that is there."""
+    c = tl.arange(0, BLOCK_C)
+    inside = (rows < n_rows)[:, None] & (c < C)[None, :]
+    own = rows.to(tl.int64)[:, None] * C + c[None, :]
+    delayed = (c >= kept)[None, :]
+    source = own - tl.where(delayed, shift, 0).to(tl.int64) * C
+    seen = inside & ((rows % tokens >= shift)[:, None] | (c < kept)[None, :])
+    return own, source, inside, seen
+
+
+@triton.jit
+def _rms_norm_forward_kernel(
+    x_ptr, weight_ptr, out_ptr, inverse_ptr, n_rows, tokens, shift, kept, floor, addend, scale,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out of BLOCK_M rows, and what they are multiplied with."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    own, source, inside, seen = _places(rows, n_rows, tokens, shift, kept, C, BLOCK_M, BLOCK_C)
+    s = tl.load(x_ptr + source, mask=seen, other=0.0).to(tl.float32)
+    c = tl.arange(0, BLOCK_C)
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    length = tl.sqrt(tl.sum(s * s, axis=1) + addend)
+    # NaN stays NaN.
+    inverse = 1.0 / tl.where(length < floor, floor, length)
+    tl.store(inverse_ptr + rows, inverse, mask=rows < n_rows)
+    out = s * (inverse * scale)[:, None] * weight[None, :]
+    tl.store(out_ptr + own, rounded(out, out_ptr.dtype.element_ty, PRECISION), mask=inside)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    x_ptr, weight_ptr, inverse_ptr, dout_ptr, dx_ptr, parts_ptr,
+    n_rows, tokens, shift, kept, floor, scale, n_tiles,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx of n_tiles tiles of rows, and their part of dweight."""
+    c = tl.arange(0, BLOCK_C)
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    part = tl.zeros((BLOCK_C,), tl.float32)
+    for tile in range(n_tiles):
+        rows = (tl.program_id(0) * n_tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        own, source, inside, seen = _places(rows, n_rows, tokens, shift, kept, C, BLOCK_M, BLOCK_C)
+        s = tl.load(x_ptr + source, mask=seen, other=0.0).to(tl.float32)
+        grad = tl.load(dout_ptr + own, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.load(inverse_ptr + rows, mask=rows < n_rows, other=0.0)
+        factor = (inverse * scale)[:, None]
+        part += tl.sum(grad * s * factor, axis=0)
+        grad *= weight[None, :]
+        along = tl.sum(grad * s, axis=1) * inverse * inverse
+        # Below the floor the length has no effect.
+        along = tl.where(inverse * floor >= 1.0, 0.0, along)
+        dx = (grad - s * along[:, None]) * factor
+        tl.store(dx_ptr + source, rounded(dx, dx_ptr.dtype.element_ty, PRECISION), mask=seen)
+        # What no later token reads.
+        last = (rows % tokens >= tokens - shift)[:, None] & (c >= kept)[None, :]
+        tl.store(dx_ptr + own, tl.zeros_like(dx).to(dx_ptr.dtype.element_ty), mask=inside & last)
+    tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * C + c, part, mask=c < C)
+
+
+# ---- launchers ----
+
+
+def _arguments(call: NormCall, target: Target) -> dict[str, Any]:
+    """What both kernels take."""
+    B, N, C = call.x.shape
+    block_c = triton.next_power_of_2(C)
+    return {
+        "x_ptr": call.x, "weight_ptr": call.weight, "n_rows": B * N, "tokens": N,
+        "shift": call.shift, "kept": call.kept, "floor": call.floor, "scale": call.scale, "C": C,
+        "BLOCK_C": block_c, "BLOCK_M": max(_ELEMENTS // block_c, 1),
+        "PRECISION": target.precision, "num_warps": 4 if block_c <= 4096 else 8, "num_stages": 1,
+    }  # fmt: skip
+
+
+def plan_forward(
+    call: NormCall, target: Target, out: torch.Tensor, inverse: torch.Tensor
+) -> Launch:
+    """The launch that fills out and inverse; they are not empty."""
+    arguments = _arguments(call, target) | {"out_ptr": out, "inverse_ptr": inverse}
+    arguments["addend"] = call.addend
+    programs = triton.cdiv(arguments["n_rows"], arguments["BLOCK_M"])
+    return Launch(_rms_norm_forward_kernel, programs, arguments)
+
+
+def plan_backward(
+    call: NormCall, target: Target, inverse: torch.Tensor, dout: torch.Tensor, dx: torch.Tensor
+) -> tuple[Launch, torch.Tensor]:
+    """The launch that fills dx and the parts of dweight, and these (parts, C)."""
+    arguments = _arguments(call, target)
+    tiles = triton.cdiv(arguments["n_rows"], arguments["BLOCK_M"])
+    each = triton.cdiv(tiles, _PARTS)
+    programs = triton.cdiv(tiles, each)
+    parts = inverse.new_empty(programs, call.x.shape[2])
+    arguments |= {
+        "inverse_ptr": inverse, "dout_ptr": dout, "dx_ptr": dx, "parts_ptr": parts, "n_tiles": each,
+    }  # fmt: skip
+    return Launch(_rms_norm_backward_kernel, programs, arguments), parts
+
+
+# ---- the backend ----
+
+
+def supports(call: NormCall) -> list[str]:
+    """Why the Triton kernels cannot compute this call; empty if they can."""
+    reasons = device_reasons("x", call.x, INTERPRETED)
+    if call.x.dtype not in _DTYPES:
+        reasons.append(f"dtype {call.x.dtype} is not one of float32, bfloat16, float16")
+    if call.x.shape[2] > _MAX_CHANNELS:
+        reasons.append(f"{call.x.shape[2]} channels, at most {_MAX_CHANNELS} fit a tile")
+    if max(call.x.shape[0] * call.x.shape[1], call.shift) >= 2**31:
+        reasons.append("sizes beyond 32 bits")
+    return reasons
+
+
+def forward(call: NormCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, inverse)."""
+    out, inverse = call.new_outputs()
+    if out.numel():
+        plan_forward(call, target_of(call.x, INTERPRETED), out, inverse).run()
+    return out, inverse
+
+
+def backward(
+    call: NormCall, inverse: torch.Tensor, dout: torch.Tensor, wanted: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of x and of weight; one pass makes both."""
+    dx = torch.empty_like(call.x)
+    if not dx.numel():
+        return dx, torch.zeros_like(call.weight)
+    target = target_of(call.x, INTERPRETED)
+    launch, parts = plan_backward(call, target, inverse, dout.contiguous(), dx)
+    launch.run()
+    return dx, parts.sum(0).to(call.weight.dtype)

@@ -1,0 +1,63 @@
+"""Registers torch.ops.hierkernels.rotary, its fake and its gradient, which is itself transposed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hierkernels import dispatch
+from hierkernels.eager import is_unwatched
+from hierkernels.library import LIBRARY
+from hierkernels.ops.attention.call import unit_stride
+from hierkernels.ops.rotary.call import RotaryCall
+
+LIBRARY.define(
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool transposed, str backend) -> Tensor"
+)  # fmt: skip
+
+
+def _forward(*args: Any) -> torch.Tensor:
+    call = RotaryCall(*args[:4])
+    choice = dispatch.resolve("rotary", call, args[4])
+    return dispatch.load_backend("rotary", choice.backend).forward(call)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    _, cos, sin, ctx.transposed, ctx.backend = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _differentiate(ctx: Any, dout: torch.Tensor) -> tuple:
+    cos, sin = ctx.saved_tensors
+    call = RotaryCall(unit_stride(dout), cos, sin, not ctx.transposed)
+    return rotary(call, ctx.backend), None, None, None, None
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("rotary", _forward, _key)
+torch.library.register_fake(
+    "hierkernels::rotary", lambda *args: RotaryCall(*args[:4]).new_output(), lib=LIBRARY
+)
+torch.library.register_autograd(
+    "hierkernels::rotary", _differentiate, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        # A setup_context of its own would make PyTorch inspect the signature at every call.
+        out = _forward(*args)
+        _setup_context(ctx, args, out)
+        return out
+
+    backward = staticmethod(_differentiate)
+
+
+def rotary(call: RotaryCall, backend: str) -> torch.Tensor:
+    """out: the operator, or its implementation where nobody sees the difference."""
+    run: Any = torch.ops.hierkernels.rotary.default
+    if is_unwatched((call.x, call.cos, call.sin)):
+        run = _Eager.apply if torch.is_grad_enabled() and call.x.requires_grad else _forward
+    return run(call.x, call.cos, call.sin, call.transposed, backend)

@@ -1,0 +1,66 @@
+"""hk.rms_norm and hk.rotary on the Triton backend, interpreted on the CPU, against the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from hierkernels.ops.rms_norm import reference as norm_reference
+from hierkernels.ops.rms_norm import spec as norms
+from hierkernels.ops.rms_norm import testing as norm_testing
+from hierkernels.ops.rms_norm import triton as norm_backend
+from hierkernels.ops.rotary import spec as rotations
+from hierkernels.ops.rotary import testing as rotary_testing
+from hierkernels.ops.rotary import triton as rotary_backend
+from hierkernels.ops.rotary.api import make_call
+from hierkernels.testing import case_ids, poisoned_memory
+
+F32, HALVES = torch.float32, (torch.bfloat16, torch.float16)
+_TABLE = [
+    pytest.param(testing, case, dtype, id=f"{op}-triton-{name}")
+    for op, testing, cases in (
+        ("rms_norm", norm_testing, norms.CORRECTNESS),
+        ("rotary", rotary_testing, rotations.CORRECTNESS),
+    )
+    for name, case, dtype in case_ids(cases, (F32, *HALVES))
+]
+
+
+@pytest.mark.parametrize(("testing", "case", "dtype"), _TABLE)
+def test_accuracy(
+    testing: ModuleType, case: norms.Case | rotations.Case, dtype: torch.dtype
+) -> None:
+    inputs = testing.make_inputs(case, dtype)
+    with poisoned_memory():
+        results = testing.compute(inputs, "triton")
+    testing.check_accuracy(inputs, results)
+
+
+def test_backward_follows_any_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_backend, "_PARTS", 2)  # several tiles to a program, one cut
+    inputs = norm_testing.make_inputs(norms.Case("saved", 7, 30, 20, shift=2), F32)
+    monkeypatch.setattr(norm_backend, "_ELEMENTS", 1024)
+    call, standard = inputs.call(), norm_testing.make_standard(inputs)
+    for first, second in ((norm_reference, norm_backend), (norm_backend, norm_reference)):
+        out, inverse = first.forward(call)
+        dx, dweight = second.backward(call, inverse, inputs.dout, (True, True))
+        standard.check({"out": out, "dx": dx, "dweight": dweight})
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = norm_testing.make_inputs(norms.Case("refused", 1, 5, 4), torch.float64)
+    x = rotary_testing.make_inputs(rotations.Case("refused", 1, 1, 2, 4), torch.float64)
+    rotary = make_call(x.x, x.cos, x.sin)
+    for backend, call in ((norm_backend, norm.call()), (rotary_backend, rotary)):
+        assert [text for text in backend.supports(call) if "float64 is not one of" in text]
+        monkeypatch.setattr(backend, "INTERPRETED", False)
+        assert [text for text in backend.supports(call) if "needs a GPU" in text]
+    wide = norm_testing.make_inputs(norms.Case("wide", 1, 1, 8193), F32)
+    assert [text for text in norm_backend.supports(wide.call()) if "at most 8192" in text]
+    far = replace(wide.call(), x=torch.zeros(1, 1, 4), shift=2**31)
+    assert [text for text in norm_backend.supports(far) if "beyond 32 bits" in text]
