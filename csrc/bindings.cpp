@@ -7,7 +7,6 @@
 #include "cpu/gated_sum/gated_sum.h"
 #include "cpu/isa.h"
 #include "cpu/rowwise/rowwise.h"
-#include "cpu/scratch.h"
 #include "cpu/select_blocks/select_blocks.h"
 #include "cpu/selected_attention/selected_attention.h"
 #include "cpu/sgu/sgu.h"
@@ -68,10 +67,6 @@ PYBIND11_MODULE(_native, m) {
     for (int i = 0; i <= static_cast<int>(hierkernels::detected_isa()); ++i)
       names.append(hierkernels::isa_name(static_cast<hierkernels::Isa>(i)));
     return names;
-  });
-
-  m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) {
-    hierkernels::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
   });
 
   m.def("attention_forward",

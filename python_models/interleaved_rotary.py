@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hierkernels.memory import large_empty_like
-
 
 class _Turn(torch.autograd.Function):
     """x times a complex number for each pair of neighbouring channels.
@@ -22,7 +20,7 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, turn: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(torch.mul(pairs, turn, out=large_empty_like(pairs))).flatten(-2)
+        return torch.view_as_real(pairs * turn).flatten(-2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

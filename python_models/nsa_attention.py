@@ -21,15 +21,13 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 import hierkernels as hk
-from hierkernels.memory import twice
 from python_models import nsa_quirks
 from python_models.arguments import check_integer
 from python_models.interleaved_rotary import (
     InterleavedRotaryEmbedding,
     apply_interleaved_rotary,
 )
-from python_models.large_results import LargeLinear, split_channels
-from python_models.layers import PlainRMSNorm
+from python_models.layers import Linear, PlainRMSNorm
 from python_models.nsa_cache import DenseCache, LayerCache, Tokens
 from python_models.nsa_compression import CompressMLP, cut_windows
 
@@ -75,10 +73,10 @@ class DenseAttention(nn.Module):
         self.upstream_quirks = upstream_quirks
         self.norm = PlainRMSNorm(dim)
         self.rotary_embed = InterleavedRotaryEmbedding(dim_head)
-        self.to_q = LargeLinear(dim, heads * dim_head)
-        self.to_k = LargeLinear(dim, self.kv_heads * dim_head)
-        self.to_v = LargeLinear(dim, self.kv_heads * dim_head)
-        self.to_out = LargeLinear(heads * dim_head, dim)
+        self.to_q = Linear(dim, heads * dim_head, bias=False)
+        self.to_k = Linear(dim, self.kv_heads * dim_head, bias=False)
+        self.to_v = Linear(dim, self.kv_heads * dim_head, bias=False)
+        self.to_out = Linear(heads * dim_head, dim, bias=False)
 
     def forward(
         self, x: Tensor, cache: DenseCache | None = None, return_cache: bool = False
@@ -224,7 +222,7 @@ class SparseAttention(nn.Module):
         self.rotary_emb = InterleavedRotaryEmbedding(dim_head)
         branches = 3 if is_paper else 1
         self.qkv_split = (heads * dim_head, *(kv_heads * dim_head,) * (2 * branches))
-        self.to_qkv = LargeLinear(dim, sum(self.qkv_split))
+        self.to_qkv = Linear(dim, sum(self.qkv_split), bias=False)
         if memory:
             self.compress_mem_kv = nn.Parameter(torch.zeros(2, kv_heads, memory, dim_head))
         self.k_intrablock_positions = nn.Parameter(torch.zeros(kv_heads, size, dim_head))
@@ -241,7 +239,7 @@ class SparseAttention(nn.Module):
         self.to_strategy_combine = nn.Sequential(
             strategy_combine_mlp, nn.Sigmoid(), Rearrange("b n (h s) -> b h n s", h=heads)
         )
-        self.combine_heads = LargeLinear(heads * dim_head, dim)
+        self.combine_heads = Linear(heads * dim_head, dim, bias=False)
 
     def forward(
         self,
@@ -275,15 +273,13 @@ class SparseAttention(nn.Module):
                 f"got {inp.shape[0]}"
             )
         x = self.norm(inp)
-        x, x_for_gates = twice(x)
-        q, *kv = split_channels(self.to_qkv(x), self.qkv_split)
+        q, *kv = self.to_qkv(x).split(self.qkv_split, dim=-1)
         q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
         kv = [rearrange(t, "b n (h d) -> b h n d", h=self.kv_heads) for t in kv]
         rotary = self.rotary_emb(0 if cache is None else cache.length, x.shape[1])
         state = self._read(kv, rotary, cache)
-        q_to_turn, q = twice(q)
-        rotated_q = apply_interleaved_rotary(q_to_turn, rotary)
-        gates = self.to_strategy_combine(x_for_gates)
+        rotated_q = apply_interleaved_rotary(q, rotary)
+        gates = self.to_strategy_combine(x)
         if self.upstream_quirks and cache is not None:
             gates = nsa_quirks.close_empty_compression(gates, self, cache)
         attend = self._attend

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from hierkernels.memory import twice
 from hierkernels.ops.attention import attention
 from hierkernels.ops.compressed_attention import compressed_attention
 from hierkernels.ops.local_attention import local_attention
@@ -38,23 +35,11 @@ def branches(call: NsaCall, backend: str | None) -> Branches:
         strict=call.definition.strict, is_causal=call.is_causal,
         query_offset=call.first_position, scale=call.scale, return_lse=True, backend=backend,
     ))  # fmt: skip
-    # The gradients that come from the window are new tensors: the others are added to them.
-    share = _same if backend == "reference" else twice
-    q, q_selected = share(call.q)
-    k_window, v_window, k, v = call.k_window, call.v_window, call.k, call.v
-    if k_window is k:
-        k_window, k = share(k)
-    if v_window is v:
-        v_window, v = share(v)
     window = _one(attention(
-        q, k_window, v_window, is_causal=call.is_causal,
+        call.q, call.k_window, call.v_window, is_causal=call.is_causal,
         window_size=(call.reach, call.reach), scale=call.scale, backend=backend,
     ))  # fmt: skip
-    return compressed, selected(replace(call, q=q_selected, k=k, v=v), lse, backend), window
-
-
-def _same(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x, x
+    return compressed, selected(call, lse, backend), window
 
 
 def selected(call: NsaCall, lse: torch.Tensor, backend: str | None) -> torch.Tensor:
