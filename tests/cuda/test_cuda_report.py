@@ -30,6 +30,12 @@ SERIALISED = """
 ptxas info    : (C7520) Potential Performance Loss: wgmma.mma_async instructions are serialized \
 due to program dependence in the function '_ZN1a24attention_forward_kernelIfLi64EEEvi'
 """
+# ... for want of registers, which may come without a spill.
+OUT_OF_REGISTERS = """
+ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized \
+due to insufficient register resources for the function \
+'_ZN1a24attention_forward_kernelIfLi64EEEvi'
+"""
 SASS = """
 \t\tFunction : _ZN1a24attention_forward_kernelIfLi64EEEvi
 \t.headerflags\t@"EF_CUDA_SM90"
@@ -60,8 +66,9 @@ def test_the_log_is_read(report: ModuleType) -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="names are read by c++filt")
-def test_serialised_products_are_a_problem(report: ModuleType) -> None:
-    first, second = report.read_log(SERIALISED + LOG.replace("12 bytes spill", "0 bytes spill"))
+@pytest.mark.parametrize("warning", [SERIALISED, OUT_OF_REGISTERS], ids=["C7520", "C7512"])
+def test_serialised_products_are_a_problem(report: ModuleType, warning: str) -> None:
+    first, second = report.read_log(warning + LOG.replace("12 bytes spill", "0 bytes spill"))
     assert (first.serialised, second.serialised) == (True, False)
     blocks = {first.kernel: (128, 4096), second.kernel: (128, 4096)}
     assert report.problem(first, blocks) == "wgmma is serialised"

@@ -98,11 +98,6 @@ __device__ __forceinline__ Span rows_of_key(const HopperArgs& p, int key) {
   return {static_cast<int>(p.range.hi.first_reaching(key + 1, p.n_queries)) * p.pack,
           static_cast<int>(p.range.lo.first_reaching(key + 1, p.n_queries)) * p.pack};
 }
-// The rows that see all of a warpgroup's keys from `first` on, of those keys that there are.
-__device__ __forceinline__ Span rows_of_group(const HopperArgs& p, int first) {
-  const int last = min(first + kGroupRows, p.n_keys) - 1;
-  return {rows_of_key(p, last).begin, rows_of_key(p, first).end};
-}
 
 template <int kKeys, int kRows>
 __device__ __forceinline__ KeyTile key_tile(const HopperArgs& p, int index) {

@@ -11,6 +11,14 @@
 namespace hierkernels::cuda {
 namespace {
 
+// What a consuming warp has to know of its tile besides the sums. It lies in shared memory: at 128 channels the sums
+// leave no registers for it.
+struct WarpTile {
+  static constexpr int kKeys = 16;
+  KeyTile tile;
+  Span seen[kKeys];  // the rows that see each of the warp's keys
+};
+
 template <int kDim>
 struct Shape {
   static constexpr int kGroups = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -20,8 +28,9 @@ struct Shape {
   using Keys = Panels<kKeys, kDim>;
   using Queries = Panels<kRows, kDim>;
   static constexpr int kStatistics = 2 * kRows * static_cast<int>(sizeof(float));  // level and delta
+  static constexpr int kWarpTiles = kConsumers * static_cast<int>(sizeof(WarpTile));
   static constexpr int kShared =
-      2 * Keys::kBytes + kStages * (2 * Queries::kBytes + kStatistics) + kBarrierBytes;
+      2 * Keys::kBytes + kStages * (2 * Queries::kBytes + kStatistics) + kWarpTiles + kBarrierBytes;
 };
 
 template <int kDim>
@@ -29,6 +38,7 @@ struct Memory {
   using S = Shape<kDim>;
   unsigned char *keys, *values, *queries, *dout;
   float* statistics;
+  WarpTile* warp_tiles;       // one for each consuming warp
   Ring<1> key_ring;           // with values
   Ring<S::kStages> row_ring;  // q, dout and statistics
 
@@ -38,7 +48,8 @@ struct Memory {
     queries = values + S::Keys::kBytes;
     dout = queries + S::kStages * S::Queries::kBytes;
     statistics = reinterpret_cast<float*>(dout + S::kStages * S::Queries::kBytes);
-    uint64_t* const barriers = reinterpret_cast<uint64_t*>(statistics + S::kStages * 2 * S::kRows);
+    warp_tiles = reinterpret_cast<WarpTile*>(statistics + S::kStages * 2 * S::kRows);
+    uint64_t* const barriers = reinterpret_cast<uint64_t*>(warp_tiles + S::kConsumers);
     key_ring = {barriers, barriers + 1};
     row_ring = {barriers + 2, barriers + 2 + S::kStages};
   }
@@ -88,18 +99,32 @@ __device__ __forceinline__ Pair of_columns(const float* statistics, int n) {
   return *reinterpret_cast<const Pair*>(statistics + sums_column(n, 0));
 }
 
+// By a whole warp, whose keys begin at `first`. Keys beyond the last get its span: their sums are dropped.
+__device__ __forceinline__ void remember(WarpTile& own, const HopperArgs& p, const KeyTile& t, int first) {
+  const int lane = threadIdx.x % kWarp;
+  __syncwarp();
+  if (lane == 0) own.tile = t;
+  if (lane < WarpTile::kKeys) own.seen[lane] = rows_of_key(p, min(first + lane, p.n_keys - 1));
+  __syncwarp();
+}
+// Whether each of the rows sees all of the warp's keys.
+__device__ __forceinline__ bool all_seen(const WarpTile& own, int begin, int end) {
+  return begin >= own.seen[WarpTile::kKeys - 1].begin && end <= own.seen[0].end;
+}
+
 template <class T, int kDim>
 __device__ void consume(const HopperArgs& p, const Memory<kDim>& m, int group, int total) {
   using S = Shape<kDim>;
   constexpr int kSteps = S::kRows / kStepColumns, kSums = S::kRows / 2;
   const int own_keys = group * kGroupRows * kSwizzleBytes;
   const uint32_t k = ptx::shared_address(m.keys) + own_keys, v = ptx::shared_address(m.values) + own_keys;
+  const int own_key = group * kGroupRows + threadIdx.x % kWarpgroup / kWarp * WarpTile::kKeys;  // the warp's first
+  WarpTile& own = m.warp_tiles[own_key / WarpTile::kKeys];
   const float scale = p.scale * kLog2E;
   int used = 0;
   for (int round = 0, index; (index = tile_of_block(total, round)) >= 0; ++round) {
     const KeyTile t = key_tile<S::kKeys, S::kRows>(p, index);
-    const int key0 = t.key0 + group * kGroupRows, key = key0 + lane_row();
-    const Span seen[2] = {rows_of_key(p, key), rows_of_key(p, key + 8)}, inside = rows_of_group(p, key0);
+    remember(own, p, t, t.key0 + own_key);
     float dk[kDim / 2], dv[kDim / 2], s[kSums], dp[kSums];
     uint32_t weights[kSteps][4], gradients[kSteps][4];
 #pragma unroll
@@ -110,7 +135,7 @@ __device__ void consume(const HopperArgs& p, const Memory<kDim>& m, int group, i
     m.key_ring.wait_full(round);
     const int tiles = t.tiles * p.packs;
     for (int tile = 0; tile < tiles; ++tile, ++used) {
-      const int stage = m.row_ring.stage(used), row0 = t.begin + tile % t.tiles * S::kRows;
+      const int stage = m.row_ring.stage(used);
       const uint32_t q = ptx::shared_address(m.queries) + stage * S::Queries::kBytes;
       const uint32_t dout = ptx::shared_address(m.dout) + stage * S::Queries::kBytes;
       const float* const level = m.statistics + stage * 2 * S::kRows;
@@ -125,7 +150,12 @@ __device__ void consume(const HopperArgs& p, const Memory<kDim>& m, int group, i
       ptx::settle(dk);
       ptx::settle(dv);
       if (tile > 0) m.row_ring.release(used - 1);
-      if (row0 < inside.begin || row0 + S::kRows > inside.end) hide(s, seen, row0);
+      const int row0 = own.tile.begin + tile % own.tile.tiles * S::kRows;
+      if (!all_seen(own, row0, row0 + S::kRows)) {
+        const int lane = threadIdx.x % kWarp / 4;
+        const Span seen[2] = {own.seen[lane], own.seen[lane + 8]};
+        hide(s, seen, row0);
+      }
 #pragma unroll
       for (int n = 0; n < kSums / 4; ++n) {
         const Pair l = of_columns(level, n);
@@ -159,8 +189,8 @@ __device__ void consume(const HopperArgs& p, const Memory<kDim>& m, int group, i
     m.key_ring.release(0);
     const auto row = [&](const Rows& to) {
       return [&](int half) {
-        const int j = key + 8 * half;
-        return j < p.n_keys ? to.at<T>(t.batch, t.head, j) : nullptr;
+        const int j = own.tile.key0 + own_key + threadIdx.x % kWarp / 4 + 8 * half;
+        return j < p.n_keys ? to.at<T>(own.tile.batch, own.tile.head, j) : nullptr;
       };
     };
     const float scales[2] = {p.scale, p.scale}, ones[2] = {1.f, 1.f};
