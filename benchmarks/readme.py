@@ -68,7 +68,7 @@ def updated(text: str) -> str:
 
 def _name(case: str) -> str:
     """window-1x16384x1024-w128 as (1, 16384, 1024) w128; a name without sizes as it is."""
-    found = re.search(r"(\d+(?:x\d+)+)(.*)", case)
+    found = re.search(r"(\d+(?:x\d+){2,})(.*)", case)
     if not found:
         return case.replace("-", " ")
     return f"({', '.join(found[1].split('x'))}){found[2].replace('-', ' ')}"
