@@ -26,6 +26,13 @@ int plan_tiles(HopperArgs& p, int length, int size, int64_t bytes);
 inline int64_t key_bytes(const HopperArgs& p) { return int64_t{4} * p.n_keys * p.out.channels; }
 inline int64_t row_bytes(const HopperArgs& p) { return int64_t{4} * p.rows * p.packs * p.out.channels; }
 
+// What the report lists of a kernel with such shapes of 64 and 128 channels.
+template <template <int> class Shape>
+KernelInfo hopper_info(const char* kernel, const std::string& type, int dim) {
+  const bool small = dim == 64;
+  return {std::string("hopper_attention_") + kernel + "_kernel<" + type + ", " + std::to_string(dim) + ">",
+          small ? Shape<64>::kThreads : Shape<128>::kThreads, small ? Shape<64>::kShared : Shape<128>::kShared};
+}
 KernelInfo hopper_forward_info(const std::string& type, int dim);
 KernelInfo hopper_query_gradient_info(const std::string& type, int dim);
 KernelInfo hopper_key_gradient_info(const std::string& type, int dim);

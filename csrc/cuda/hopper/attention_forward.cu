@@ -239,9 +239,7 @@ bool run(const AttentionParams& params, void* stream) {
 }  // namespace
 
 KernelInfo hopper_forward_info(const std::string& type, int dim) {
-  const bool small = dim == 64;
-  return {"hopper_attention_forward_kernel<" + type + ", " + std::to_string(dim) + ">",
-          small ? Shape<64>::kThreads : Shape<128>::kThreads, small ? Shape<64>::kShared : Shape<128>::kShared};
+  return hopper_info<Shape>("forward", type, dim);
 }
 
 bool run_hopper_attention_forward(const AttentionParams& p, void* stream) {

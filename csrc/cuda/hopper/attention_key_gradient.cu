@@ -237,9 +237,7 @@ bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
 }  // namespace
 
 KernelInfo hopper_key_gradient_info(const std::string& type, int dim) {
-  const bool small = dim == 64;
-  return {"hopper_attention_key_gradient_kernel<" + type + ", " + std::to_string(dim) + ">",
-          small ? Shape<64>::kThreads : Shape<128>::kThreads, small ? Shape<64>::kShared : Shape<128>::kShared};
+  return hopper_info<Shape>("key_gradient", type, dim);
 }
 
 bool run_hopper_key_gradient(const AttentionParams& p, const Tensor& delta, void* stream) {

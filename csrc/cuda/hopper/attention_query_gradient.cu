@@ -168,9 +168,7 @@ bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
 }  // namespace
 
 KernelInfo hopper_query_gradient_info(const std::string& type, int dim) {
-  const bool small = dim == 64;
-  return {"hopper_attention_query_gradient_kernel<" + type + ", " + std::to_string(dim) + ">",
-          small ? Shape<64>::kThreads : Shape<128>::kThreads, small ? Shape<64>::kShared : Shape<128>::kShared};
+  return hopper_info<Shape>("query_gradient", type, dim);
 }
 
 bool run_hopper_query_gradient(const AttentionParams& p, const Tensor& delta, void* stream) {

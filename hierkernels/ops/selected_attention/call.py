@@ -52,6 +52,16 @@ class SelectedCall:
         return (self.k.shape[2] + self.block_size - 1) // self.block_size
 
     @property
+    def columns(self) -> int:
+        """Blocks that a query names, and its own."""
+        return self.indices.shape[3] + self.include_own_block
+
+    @property
+    def sees_nothing(self) -> bool:
+        """There is no query, no key or no block: the kernels have nothing to compute."""
+        return not (self.q.shape[:3].numel() and self.k.shape[2] and self.columns)
+
+    @property
     def first_position(self) -> int:
         """Of query 0; negative for queries before all keys."""
         return self.k.shape[2] - self.q.shape[2]

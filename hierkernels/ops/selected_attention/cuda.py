@@ -24,34 +24,30 @@ def supports(call: SelectedCall) -> list[str]:
         if t.shape[-1] > MAX_DIM:
             reasons.append(f"{name} has {t.shape[-1]} channels, at most {MAX_DIM} are supported")
     Nk = call.k.shape[2]
-    visited = _columns(call) * min(call.block_size, max(Nk, 1)) * _SET
-    lists = call.indices.shape[:3].numel() * max(_columns(call), 1)
+    visited = call.columns * min(call.block_size, max(Nk, 1)) * _SET
+    lists = call.indices.shape[:3].numel() * max(call.columns, 1)
     tiles = call.k.shape[:2].numel() * max(call.blocks, Nk // _LEAST_TILE)
     if max(visited, lists, tiles, Nk, call.q.shape[:3].numel()) >= 2**30:
         reasons.append("lengths or the number of named blocks beyond 32 bits")
     return reasons
 
 
-def _columns(call: SelectedCall) -> int:
-    """Blocks that a query names, and its own."""
-    return call.indices.shape[3] + call.include_own_block
+def _words(t: torch.Tensor) -> torch.Tensor:
+    """int32 as the core takes it, whose tensors know none."""
+    return t.view(torch.float32)
 
 
 def _arguments(call: SelectedCall) -> tuple:
-    """Everything, as the core takes it, whose tensors know no int32: such indices are words."""
+    """Everything, as the core takes it."""
     q, k, v, indices, weights, *numbers = call.arguments()
-    words = indices.view(torch.float32) if indices.dtype == torch.int32 else indices
+    words = _words(indices) if indices.dtype == torch.int32 else indices
     return q, k, v, words, weights if indices.shape[3] else None, *numbers
-
-
-def _sees_nothing(call: SelectedCall) -> bool:
-    return call.q.shape[:3].numel() == 0 or call.k.shape[2] == 0 or _columns(call) == 0
 
 
 def forward(call: SelectedCall) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse)."""
     out, lse = call.new_outputs()
-    if _sees_nothing(call):
+    if call.sees_nothing:
         return out.zero_(), lse.fill_(float("-inf"))
     arguments = _arguments(call)
     with on_device_of(call.q):
@@ -71,7 +67,7 @@ def backward(
     """(dq, dk, dv, dweights or None)."""
     dq, dk, dv = call.new_gradients()
     dweights = call.new_weights_gradient().zero_() if weights_grad else None
-    if _sees_nothing(call):
+    if call.sees_nothing:
         return dq.zero_(), dk.zero_(), dv.zero_(), dweights
     arguments, delta = _arguments(call), torch.empty_like(lse)
     with on_device_of(call.q):
@@ -88,11 +84,6 @@ def backward(
             dweights = (parts[0] if len(parts) == 1 else parts.sum(0)).view(dweights.shape)
         _backward_keys(call, arguments, (lse, delta, dout), dk, dv)
     return dq, dk, dv, dweights
-
-
-def _words(t: torch.Tensor) -> torch.Tensor:
-    """int32 as the core takes it."""
-    return t.view(torch.float32)
 
 
 def _backward_keys(

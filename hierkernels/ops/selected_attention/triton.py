@@ -28,7 +28,7 @@ def supports(call: SelectedCall) -> list[str]:
     B, heads, Nq, _ = call.indices.shape
     if heads and call.q.shape[1] // heads > MAX_GROUP:
         reasons.append(f"more than {MAX_GROUP} query heads share a choice of blocks")
-    Nk, columns = call.k.shape[2], plans.columns(call)
+    Nk, columns = call.k.shape[2], call.columns
     named_keys = columns * min(call.block_size, 2 * max(Nk, 1))
     items = 2 * B * call.k.shape[1] * (call.blocks + Nk // 16)
     rows = call.q.shape[:3].numel()
@@ -42,14 +42,10 @@ def _run(launches: list[Launch]) -> None:
         launch.run()
 
 
-def _sees_nothing(call: SelectedCall) -> bool:
-    return call.q.shape[:3].numel() == 0 or call.k.shape[2] == 0 or plans.columns(call) == 0
-
-
 def forward(call: SelectedCall) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse)."""
     out, lse = call.new_outputs()
-    if _sees_nothing(call):
+    if call.sees_nothing:
         return out.zero_(), lse.fill_(float("-inf"))
     _run(plans.plan_forward(call, target_of(call.q, INTERPRETED), out, lse))
     return out, lse
@@ -66,7 +62,7 @@ def backward(
     """(dq, dk, dv, dweights or None)."""
     dq, dk, dv = call.new_gradients()
     dweights = call.new_weights_gradient().zero_() if weights_grad else None
-    if _sees_nothing(call):
+    if call.sees_nothing:
         return dq.zero_(), dk.zero_(), dv.zero_(), dweights
     target = target_of(call.q, INTERPRETED)
     given = dout, None if dlse is None else dlse.contiguous()

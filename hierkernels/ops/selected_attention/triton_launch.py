@@ -28,11 +28,6 @@ from hierkernels.triton_common.tiles import LOG2E, padded, rows_stride
 _LIST_TILE = 2048
 
 
-def columns(call: SelectedCall) -> int:
-    """Of a list: the named blocks, and the own block."""
-    return call.indices.shape[3] + call.include_own_block
-
-
 def _block_size(call: SelectedCall) -> int:
     """The same blocks where one block holds all keys, and fewer kernels: the size is compiled."""
     return min(call.block_size, triton.next_power_of_2(call.k.shape[2]))
@@ -56,7 +51,7 @@ def _configuration(call: SelectedCall, target: Target, kernel: str) -> Config:
 def plan_lists(call: SelectedCall) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """The launch that fills lists (B, index heads, Nq, columns) and counts (B, heads, Nq)."""
     B, heads, Nq, n = call.indices.shape
-    lists = call.indices.new_empty((B, heads, Nq, columns(call)), dtype=torch.int32)
+    lists = call.indices.new_empty((B, heads, Nq, call.columns), dtype=torch.int32)
     counts = call.indices.new_empty((B, heads, Nq), dtype=torch.int32)
     block_n = triton.next_power_of_2(max(n, 1))
     block_m = max(_LIST_TILE // block_n, 1)
