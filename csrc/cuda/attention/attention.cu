@@ -72,8 +72,7 @@ void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
 
 std::vector<KernelInfo> attention_kernels() {
   std::vector<KernelInfo> kernels{{"attention_delta_kernel", kDeltaThreads, 0}};
-  add_kernels<BFloat16>(kernels, "BFloat16");
-  add_kernels<Float16>(kernels, "Float16");
+  add_kernels<Number16>(kernels, "Number16");
   add_kernels<float>(kernels, "float");
   for (const KernelInfo& k : hopper_attention_kernels()) kernels.push_back(k);
   return kernels;

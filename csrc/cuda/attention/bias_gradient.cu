@@ -94,7 +94,7 @@ struct BiasGradient {
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncthreads();  // every thread's part is there
-      add_product_of_rows<T, kSteps, TileT::kStride>(sums, left + threadIdx.x / kWarp * 16 * TileT::kStride, right);
+      add_product_of_rows<T, kSteps, TileT::kStride>(sums, left + threadIdx.x / kWarp * 16 * TileT::kStride, right, p.q.dtype);
       __syncthreads();  // all have read it: it may be written
     }
   }
@@ -194,9 +194,8 @@ int attention_bias_gradient_slices(const AttentionArgs& p) {
 }
 
 void run_attention_bias_gradient(const AttentionArgs& p, DType dtype, void* stream) {
-  if (dtype == DType::kBFloat16) return run<BFloat16>(p, stream);
-  if (dtype == DType::kFloat16) return run<Float16>(p, stream);
-  run<float>(p, stream);
+  if (dtype == DType::kFloat32) return run<float>(p, stream);
+  run<Number16>(p, stream);
 }
 
 }  // namespace hierkernels::cuda

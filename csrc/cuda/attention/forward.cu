@@ -140,13 +140,13 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim>::kThreads, ForwardShape<
     Sums<S::kM, F::kKeyTiles> s;
     clear(s);
     add_product_of_rows<T, F::kSteps, TileT::kStride>(s, q_tile + (warp_row0 - row0) * TileT::kStride,
-                                                      k_tiles + stage * TileT::bytes(S::kKeys));
+                                                      k_tiles + stage * TileT::bytes(S::kKeys), p.q.dtype);
     // Rows that only fill up the tile have no modifiers to read.
     const bool inside = !p.modified && n0 >= keys.inside.begin && n0 + S::kKeys <= keys.inside.end;
     F::make_scores(p, s, item0, warp_row0, seen, n0, inside);
     F::exponentiate(s, acc, state);
     if (p.seed) F::drop(p, s, seed, item0, warp_row0, seen, n0);
-    add_product_of_sums<T, TileT::kStride>(acc, s, v_tiles + stage * TileT::bytes(S::kKeys));
+    add_product_of_sums<T, TileT::kStride>(acc, s, v_tiles + stage * TileT::bytes(S::kKeys), p.q.dtype);
     __syncthreads();          // all have read the tile: its stage may be written
   }
   ptx::cp_async_wait<0>();

@@ -109,12 +109,12 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kThreads, KeyGradie
     Sums<1, kRowTiles> s, dp;
     clear(s);
     clear(dp);
-    add_product_of_rows<T, kSteps, TileT::kStride>(s, k_tile + warp_offset, q_tile);
-    add_product_of_rows<T, kSteps, TileT::kStride>(dp, v_tile + warp_offset, dout_tile);
+    add_product_of_rows<T, kSteps, TileT::kStride>(s, k_tile + warp_offset, q_tile, p.q.dtype);
+    add_product_of_rows<T, kSteps, TileT::kStride>(dp, v_tile + warp_offset, dout_tile, p.q.dtype);
     const bool inside = !p.modified && m0 >= rows.inside.begin && m0 + S::kRows <= rows.inside.end;
     score_gradients(p, s, dp, seen, level, level + S::kRows, seed, item0, warp_key0, m0, inside);
-    add_product_of_sums<T, TileT::kStride>(dv, s, dout_tile + part_offset);
-    add_product_of_sums<T, TileT::kStride>(dk, dp, q_tile + part_offset);
+    add_product_of_sums<T, TileT::kStride>(dv, s, dout_tile + part_offset, p.q.dtype);
+    add_product_of_sums<T, TileT::kStride>(dk, dp, q_tile + part_offset, p.q.dtype);
     __syncthreads();         // all have read the tile: its stage may be written
   }
   ptx::cp_async_wait<0>();

@@ -101,12 +101,12 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kThreads, QueryGr
     Sums<S::kM, kKeyTiles> s, dp;
     clear(s);
     clear(dp);
-    add_product_of_rows<T, kSteps, TileT::kStride>(s, q_tile + warp_offset, k_tile);
-    add_product_of_rows<T, kSteps, TileT::kStride>(dp, dout_tile + warp_offset, v_tile);
+    add_product_of_rows<T, kSteps, TileT::kStride>(s, q_tile + warp_offset, k_tile, p.q.dtype);
+    add_product_of_rows<T, kSteps, TileT::kStride>(dp, dout_tile + warp_offset, v_tile, p.q.dtype);
     // Rows that only fill up the tile have no modifiers to read.
     const bool inside = !p.modified && n0 >= keys.inside.begin && n0 + S::kKeys <= keys.inside.end;
     score_gradients(p, s, dp, rows, seed, item0, warp_row0, n0, inside);
-    add_product_of_sums<T, TileT::kStride>(acc, s, k_tile);
+    add_product_of_sums<T, TileT::kStride>(acc, s, k_tile, p.q.dtype);
     __syncthreads();         // all have read the tile: its stage may be written
   }
   ptx::cp_async_wait<0>();

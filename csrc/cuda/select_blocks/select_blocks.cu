@@ -86,14 +86,17 @@ struct Selection {
     for (int piece = warp / row_warps * 16; piece < p.windows; piece += kSelectThreads / kWarp / row_warps * 16) {
       Sums<1, 2> s;
       clear(s);
+      with_type<T>(p.q.dtype, [&](auto type) {
+        using X = decltype(type);
 #pragma unroll(sizeof(T) == 4 ? 1 : 4)
-      for (int step = 0; step < steps; ++step) {
-        Words<T, 4> left, right;
-        load_words(left, q_tile + step * kStepBytes);
-        load_words(right, k_tile + piece * m.row_bytes + step * kStepBytes);
-        multiply<T>(s.x[0][0], left, right, 0);
-        multiply<T>(s.x[0][1], left, right, 1);
-      }
+        for (int step = 0; step < steps; ++step) {
+          Words<X, 4> left, right;
+          load_words(left, q_tile + step * kStepBytes);
+          load_words(right, k_tile + piece * m.row_bytes + step * kStepBytes);
+          multiply<X>(s.x[0][0], left, right, 0);
+          multiply<X>(s.x[0][1], left, right, 1);
+        }
+      });
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
         const int row = row0 + sums_row(0, 2 * x), seen = at<int>(m.seen)[row];
@@ -306,21 +309,15 @@ SelectArgs make_args(const SelectParams& p, const Tensor& indices) {
 
 void select_blocks(const SelectParams& p, const Tensor& indices, void* stream) {
   const SelectArgs a = make_args(p, indices);
-  switch (p.q.dtype) {
-    case DType::kBFloat16:
-      return run<BFloat16>(a, stream);
-    case DType::kFloat16:
-      return run<Float16>(a, stream);
-    default:
-      return run<float>(a, stream);
-  }
+  if (p.q.dtype == DType::kFloat32) return run<float>(a, stream);
+  run<Number16>(a, stream);
 }
 
 std::vector<KernelInfo> select_kernels() {
   const auto info = [](const char* type) {
     return KernelInfo{std::string("select_blocks_kernel<") + type + ">", kSelectThreads, kMaxSharedBytes};
   };
-  return {info("BFloat16"), info("Float16"), info("float")};
+  return {info("Number16"), info("float")};
 }
 
 }  // namespace hierkernels::cuda

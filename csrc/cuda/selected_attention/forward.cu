@@ -151,9 +151,9 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
       const int offset = stage * TileT::bytes(S::kKeys) + TileT::bytes(16 * piece);
       Sums<1, 2> s;
       clear(s);
-      add_product_of_rows<T, F::kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), k_tiles + offset);
+      add_product_of_rows<T, F::kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), k_tiles + offset, p.q.dtype);
       F::exponentiate(p, s, acc, state, columns + slot * S::kKeys + 16 * piece);
-      add_product_of_sums<T, TileT::kStride>(acc, s, v_tiles + offset);
+      add_product_of_sums<T, TileT::kStride>(acc, s, v_tiles + offset, p.q.dtype);
     }
     __syncthreads();         // all have read the tile: its stage may be written
   }

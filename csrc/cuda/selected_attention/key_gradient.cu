@@ -162,11 +162,11 @@ __global__ void __launch_bounds__(SelectedKeyShape<T, kDim>::kThreads, SelectedK
     Sums<1, S::kRows / 8> s, dp;
     clear(s);
     clear(dp);
-    add_product_of_rows<T, kSteps, TileT::kStride>(s, k_tile + warp_offset, q_tile);
-    add_product_of_rows<T, kSteps, TileT::kStride>(dp, v_tile + warp_offset, dout_tile);
+    add_product_of_rows<T, kSteps, TileT::kStride>(s, k_tile + warp_offset, q_tile, p.q.dtype);
+    add_product_of_rows<T, kSteps, TileT::kStride>(dp, v_tile + warp_offset, dout_tile, p.q.dtype);
     score_gradients(p, s, dp, keys, visitors + slot * S::kRows);
-    add_product_of_sums<T, TileT::kStride>(dv, s, dout_tile + part_offset);
-    add_product_of_sums<T, TileT::kStride>(dk, dp, q_tile + part_offset);
+    add_product_of_sums<T, TileT::kStride>(dv, s, dout_tile + part_offset, p.q.dtype);
+    add_product_of_sums<T, TileT::kStride>(dk, dp, q_tile + part_offset, p.q.dtype);
     __syncthreads();         // all have read the tile: its stage may be written
   }
   ptx::cp_async_wait<0>();
@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(SelectedKeyShape<T, kDim>::kThreads, SelectedK
       return key_row(half) < w.keys ? p.parts + key * channels + first : nullptr;
     };
   };
-  store_rows<float>(Rows{nullptr, 0, 0, 0, p.dk.channels, false, paired}, dk, p.scale, row(0), part);
-  store_rows<float>(Rows{nullptr, 0, 0, 0, p.dv.channels, false, paired}, dv, 1.f, row(p.dk.channels), part);
+  store_rows<float>(Rows{nullptr, 0, 0, 0, p.dk.channels, false, paired, DType::kFloat32}, dk, p.scale, row(0), part);
+  store_rows<float>(Rows{nullptr, 0, 0, 0, p.dv.channels, false, paired, DType::kFloat32}, dv, 1.f, row(p.dk.channels), part);
 }
 
 template <class T, int kDim>

@@ -131,11 +131,11 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
       Sums<1, 2> s, dp;
       clear(s);
       clear(dp);
-      add_product_of_rows<T, kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), k_tiles + offset);
-      add_product_of_rows<T, kSteps, TileT::kStride>(dp, dout_tile + TileT::bytes(warp_row0), v_tiles + offset);
+      add_product_of_rows<T, kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), k_tiles + offset, p.q.dtype);
+      add_product_of_rows<T, kSteps, TileT::kStride>(dp, dout_tile + TileT::bytes(warp_row0), v_tiles + offset, p.q.dtype);
       score_gradients(p, s, dp, rows, columns + slot * S::kKeys + 16 * piece);
       if (p.dweights) sum_rows(dp, terms + warp % p.row_warps * S::kKeys + 16 * piece);
-      add_product_of_sums<T, TileT::kStride>(acc, s, k_tiles + offset);
+      add_product_of_sums<T, TileT::kStride>(acc, s, k_tiles + offset, p.q.dtype);
     }
     __syncthreads();         // all have read the tile: its stage may be written
     if (p.dweights) add_to_weights<S::kKeys, S::kThreads>(p, tile, source, terms, n0);

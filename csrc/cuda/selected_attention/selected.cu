@@ -100,8 +100,7 @@ std::vector<KernelInfo> selected_kernels() {
   std::vector<KernelInfo> kernels{{"selected_lists_kernel", kListThreads, 0},
                                   {"selected_sort_kernel", kWarp, kSortRange * static_cast<int>(sizeof(int))},
                                   {"selected_sum_kernel", kSumThreads, 0}};
-  add_kernels<BFloat16>(kernels, "BFloat16");
-  add_kernels<Float16>(kernels, "Float16");
+  add_kernels<Number16>(kernels, "Number16");
   add_kernels<float>(kernels, "float");
   return kernels;
 }

@@ -9,7 +9,7 @@ template <class T>
 __device__ __forceinline__ float bias_of(const SguArgs& p, int head, int row) {
   const int64_t at = head * p.bias_head + row * p.bias_row;
   if (p.weight.wide) return reinterpret_cast<const float*>(p.bias)[at];
-  return ptx::to_float(reinterpret_cast<const T*>(p.bias)[at]);
+  return to_float(reinterpret_cast<const T*>(p.bias)[at], p.dtype);
 }
 
 template <class T>

@@ -189,8 +189,11 @@ struct Mixing {
       const bool hidden = part.triangle && (kTransposed ? part.k0 + S::kTerms <= first : part.k0 >= first + 16 * S::kM);
       const unsigned char* const stage = shared_memory() + t % M::kStages * M::kStageBytes;
       if (needed && !hidden)
-        add_mixture<T, W, kTransposed, S::kTerms * static_cast<int>(sizeof(T)) / kStepBytes, M::kLeftStride, M::Right::kStride>(
-            sums, stage, warp_row, stage + M::kLeftBytes, warp_column);
+        with_type<T>(p.dtype, [&](auto type) {
+          constexpr int kSteps = S::kTerms * static_cast<int>(sizeof(T)) / kStepBytes;
+          add_mixture<decltype(type), W, kTransposed, kSteps, M::kLeftStride, M::Right::kStride>(
+              sums, stage, warp_row, stage + M::kLeftBytes, warp_column);
+        });
     }
     ptx::cp_async_wait<0>();
     __syncthreads();

@@ -69,8 +69,8 @@ __device__ __forceinline__ void store_pair(const SguArgs& p, int64_t at, float x
   const auto store = [&](auto type) {
     using Result = decltype(type);
     Result* to = reinterpret_cast<Result*>(p.dweight) + at;
-    to[0] = ptx::from_float<Result>(x);
-    if (both) to[1] = ptx::from_float<Result>(y);
+    to[0] = from_float<Result>(x, p.dtype);
+    if (both) to[1] = from_float<Result>(y, p.dtype);
   };
   if (p.dweight_wide)
     store(float{});
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(WeightShape<T>::kThreads, 2) sgu_weight_gradie
     const unsigned char* const stage = shared_memory() + step % S::kStages * S::kStageBytes;
     if (needed)
       add_product_of_rows<T, S::kTerms * static_cast<int>(sizeof(T)) / kStepBytes, S::TileT::kStride>(
-          sums, stage + warp_row * S::TileT::kStride, stage + S::kTileBytes + warp_column * S::TileT::kStride);
+          sums, stage + warp_row * S::TileT::kStride, stage + S::kTileBytes + warp_column * S::TileT::kStride, p.dtype);
   }
   ptx::cp_async_wait<0>();
 
