@@ -201,7 +201,7 @@ __device__ void consume(const HopperArgs& p, const Memory<kDim>& m, int group, i
   }
 }
 
-template <class T, int kDim>
+template <int kDim>
 __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
     hopper_attention_forward_kernel(const __grid_constant__ HopperArgs p) {
   using S = Shape<kDim>;
@@ -220,26 +220,26 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
     if (threadIdx.x == 0) produce<kDim>(p, m, total);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
-    consume<T, kDim>(p, m, group - 1, total);
+    with_type<Number16>(p.out.dtype, [&](auto type) { consume<decltype(type), kDim>(p, m, group - 1, total); });
   }
 }
 
-template <class T, int kDim>
+template <int kDim>
 bool run(const AttentionParams& params, void* stream) {
   using S = Shape<kDim>;
   HopperArgs p;
   if (!make_hopper_args(p, params, S::kRows, S::kKeys)) return false;
   const int total = plan_tiles(p, p.rows, S::kRows, key_bytes(p) / p.packs);
   const int blocks = total < multiprocessors() ? total : multiprocessors();
-  launch("hopper_attention_forward", hopper_attention_forward_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream,
+  launch("hopper_attention_forward", hopper_attention_forward_kernel<kDim>, blocks, S::kThreads, S::kShared, stream,
          p);
   return true;
 }
 
 }  // namespace
 
-KernelInfo hopper_forward_info(const std::string& type, int dim) {
-  return hopper_info<Shape>("forward", type, dim);
+KernelInfo hopper_forward_info(int dim) {
+  return hopper_info<Shape>("forward", dim);
 }
 
 bool run_hopper_attention_forward(const AttentionParams& p, void* stream) {

@@ -199,7 +199,7 @@ __device__ void consume(const HopperArgs& p, const Memory<kDim>& m, int group, i
   }
 }
 
-template <class T, int kDim>
+template <int kDim>
 __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
     hopper_attention_key_gradient_kernel(const __grid_constant__ HopperArgs p) {
   using S = Shape<kDim>;
@@ -216,11 +216,11 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
     if (threadIdx.x < kWarp) produce<kDim>(p, m, total);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
-    consume<T, kDim>(p, m, group - 1, total);
+    with_type<Number16>(p.out.dtype, [&](auto type) { consume<decltype(type), kDim>(p, m, group - 1, total); });
   }
 }
 
-template <class T, int kDim>
+template <int kDim>
 bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
   using S = Shape<kDim>;
   HopperArgs p;
@@ -229,15 +229,15 @@ bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
   p.items = static_cast<int>(params.batch()) * p.kv_heads;
   const int total = plan_tiles(p, p.n_keys, S::kKeys, row_bytes(p));
   const int blocks = total < multiprocessors() ? total : multiprocessors();
-  launch("hopper_attention_key_gradient", hopper_attention_key_gradient_kernel<T, kDim>, blocks, S::kThreads,
+  launch("hopper_attention_key_gradient", hopper_attention_key_gradient_kernel<kDim>, blocks, S::kThreads,
          S::kShared, stream, p);
   return true;
 }
 
 }  // namespace
 
-KernelInfo hopper_key_gradient_info(const std::string& type, int dim) {
-  return hopper_info<Shape>("key_gradient", type, dim);
+KernelInfo hopper_key_gradient_info(int dim) {
+  return hopper_info<Shape>("key_gradient", dim);
 }
 
 bool run_hopper_key_gradient(const AttentionParams& p, const Tensor& delta, void* stream) {

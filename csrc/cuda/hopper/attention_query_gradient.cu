@@ -130,7 +130,7 @@ __device__ void consume(const HopperArgs& p, const Memory<kDim>& m, int group, i
   }
 }
 
-template <class T, int kDim>
+template <int kDim>
 __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
     hopper_attention_query_gradient_kernel(const __grid_constant__ HopperArgs p) {
   using S = Shape<kDim>;
@@ -148,11 +148,11 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
     if (threadIdx.x == 0) produce<kDim>(p, m, total);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
-    consume<T, kDim>(p, m, group - 1, total);
+    with_type<Number16>(p.out.dtype, [&](auto type) { consume<decltype(type), kDim>(p, m, group - 1, total); });
   }
 }
 
-template <class T, int kDim>
+template <int kDim>
 bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
   using S = Shape<kDim>;
   HopperArgs p;
@@ -160,15 +160,15 @@ bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
   p.delta = delta.as<float>();
   const int total = plan_tiles(p, p.rows, S::kRows, key_bytes(p) / p.packs);
   const int blocks = total < multiprocessors() ? total : multiprocessors();
-  launch("hopper_attention_query_gradient", hopper_attention_query_gradient_kernel<T, kDim>, blocks, S::kThreads,
+  launch("hopper_attention_query_gradient", hopper_attention_query_gradient_kernel<kDim>, blocks, S::kThreads,
          S::kShared, stream, p);
   return true;
 }
 
 }  // namespace
 
-KernelInfo hopper_query_gradient_info(const std::string& type, int dim) {
-  return hopper_info<Shape>("query_gradient", type, dim);
+KernelInfo hopper_query_gradient_info(int dim) {
+  return hopper_info<Shape>("query_gradient", dim);
 }
 
 bool run_hopper_query_gradient(const AttentionParams& p, const Tensor& delta, void* stream) {
