@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kThreads, KeyGradie
   const TileOfKeys tile = tile_of_keys<S::kKeys>(p);
   const int item0 = tile.item0, key0 = tile.key0;
   const int warp = threadIdx.x / kWarp, warp_key0 = key0 + warp % S::kKeyWarps * 16;
-  const int part = warp / S::kKeyWarps * kColumns;
+  const int part = first_column<S::kKeyWarps, kColumns>();
   const auto copy_keys = [&](unsigned char* to, const Rows& t) {
     copy_rows<T, S::kKeys, kDim, S::kThreads>(
         to, t, [&](int r) { return row_address<const T>(t, key_at(p, item0, key0 + r)); });

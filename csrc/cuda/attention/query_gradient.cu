@@ -52,13 +52,15 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kThreads, QueryGr
   using S = QueryGradientShape<T, kDim>;
   using TileT = Tile<T, kDim>;
   constexpr int kKeyTiles = S::kKeys / 8, kSteps = kDim * static_cast<int>(sizeof(T)) / kStepBytes;
+  constexpr int kColumns = kDim / S::kSplit;  // of dQ in a warp
   unsigned char* const q_tile = shared_memory();
   unsigned char* const dout_tile = q_tile + TileT::bytes(S::kRows);
   unsigned char* const k_tiles = dout_tile + TileT::bytes(S::kRows);
   unsigned char* const v_tiles = k_tiles + 2 * TileT::bytes(S::kKeys);
 
   const TileOfRows tile = tile_of_rows<S::kRows>(p);
-  const int item0 = tile.item0, row0 = tile.row0, warp_row0 = row0 + threadIdx.x / kWarp * 16 * S::kM;
+  const int item0 = tile.item0, row0 = tile.row0, warp_row0 = row0 + threadIdx.x / kWarp % S::kWarps * 16 * S::kM;
+  const int part = S::kSplit == 1 ? 0 : first_column<S::kWarps, kColumns>();
   const auto copy_queries = [&](unsigned char* to, const Rows& t) {
     copy_rows<T, S::kRows, kDim, S::kThreads>(
         to, t, [&](int r) { return row_address<const T>(t, query_at(p, item0, row0 + r)); });
@@ -86,10 +88,10 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kThreads, QueryGr
     rows[x] = {keys_of(p, q), lse == -infinity() ? infinity() : lse, q.real ? p.delta[lse_index(p, q)] : 0.f};
   }
   const uint64_t seed = p.seed ? static_cast<uint64_t>(*p.seed) : 0;
-  Sums<S::kM, kDim / 8> acc;
+  Sums<S::kM, kColumns / 8> acc;
   clear(acc);
 
-  const int warp_offset = (warp_row0 - row0) * TileT::kStride;
+  const int warp_offset = (warp_row0 - row0) * TileT::kStride, part_offset = part * static_cast<int>(sizeof(T));
   int stage = 0;
   for (int n0 = keys.visit.begin; n0 < keys.visit.end; n0 += S::kKeys, stage ^= 1) {
     if (n0 + S::kKeys < keys.visit.end) copy_stage(n0 + S::kKeys, stage ^ 1);
@@ -106,13 +108,14 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kThreads, QueryGr
     // Rows that only fill up the tile have no modifiers to read.
     const bool inside = !p.modified && n0 >= keys.inside.begin && n0 + S::kKeys <= keys.inside.end;
     score_gradients(p, s, dp, rows, seed, item0, warp_row0, n0, inside);
-    add_product_of_sums<T, TileT::kStride>(acc, s, k_tile, p.q.dtype);
+    add_product_of_sums<T, TileT::kStride>(acc, s, k_tile + part_offset, p.q.dtype);
     __syncthreads();         // all have read the tile: its stage may be written
   }
   ptx::cp_async_wait<0>();
-  store_rows<T>(p.dq, acc, p.scale, [&](int m, int half) {
+  const auto row = [&](int m, int half) {
     return row_address<T>(p.dq, query_at(p, item0, warp_row0 + sums_row(m, 2 * half)));
-  });
+  };
+  store_rows<T>(p.dq, acc, p.scale, row, part);
 }
 
 template <class T, int kDim>

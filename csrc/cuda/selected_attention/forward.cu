@@ -21,7 +21,7 @@ struct SelectedForward {
   };
 
   // Scores of 16 keys to exponentials relative to the largest score so far, to which what was summed is adapted.
-  static __device__ __forceinline__ void exponentiate(const SelectedArgs& p, Sums<1, 2>& s, Sums<1, kDim / 8>& acc,
+  static __device__ __forceinline__ void exponentiate(const SelectedArgs& p, Sums<1, 2>& s, Sums<1, S::kColumns / 8>& acc,
                                                       State& state, const KeyColumn* columns) {
     const bool weighted = p.weights.data != nullptr;
     float shrink[2];
@@ -58,17 +58,18 @@ struct SelectedForward {
     if (__any_sync(kAllLanes, shrink[0] != 1.f || shrink[1] != 1.f)) scale_rows(acc, shrink);
   }
 
-  static __device__ __forceinline__ void scale_rows(Sums<1, kDim / 8>& acc, const float (&factor)[2]) {
+  static __device__ __forceinline__ void scale_rows(Sums<1, S::kColumns / 8>& acc, const float (&factor)[2]) {
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n)
+    for (int n = 0; n < S::kColumns / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc.x[0][n][e] *= factor[e / 2];
   }
 
   // Ends the softmax: of each warp, over its lanes, and over the warps that share rows, whose `acc` are then parts of the
-  // output. statistics: [warp][top, total][16 rows].
-  static __device__ __forceinline__ void normalise(Sums<1, kDim / 8>& acc, State& state, float* statistics, int row_warps) {
-    const int warp = threadIdx.x / kWarp;
+  // output. statistics: [warp][top, total][16 rows], of the warps that have this part of the columns.
+  static __device__ __forceinline__ void normalise(Sums<1, S::kColumns / 8>& acc, State& state, float* statistics, int row_warps) {
+    const int warp = threadIdx.x / kWarp % S::kWarps;
+    statistics += threadIdx.x / kWarp / S::kWarps * S::kWarps * 32;
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
       state.total[x] += __shfl_xor_sync(kAllLanes, state.total[x], 1);
@@ -108,7 +109,8 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
 
   const RowTile tile = row_tile(p, S::kRows);
   const ColumnSource source = column_source(p, tile);
-  const int warp = threadIdx.x / kWarp, warp_row0 = warp % p.row_warps * 16;
+  const int warp = threadIdx.x / kWarp % S::kWarps, warp_row0 = warp % p.row_warps * 16;
+  const int part = S::kSplit == 1 ? 0 : first_column<S::kWarps, S::kColumns>();
   const T* const k0 = p.k.at<const T>(tile.b, tile.kv_head, 0);
   const T* const v0 = p.v.at<const T>(tile.b, tile.kv_head, 0);
   const auto copy_stage = [&](const KeyColumn* at, int stage) {
@@ -137,7 +139,7 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
     state.total[x] = 0.f;
     state.sight[x] = sight_of(p, row_at(p, tile, warp_row0 + sums_row(0, 2 * x)));
   }
-  Sums<1, kDim / 8> acc;
+  Sums<1, S::kColumns / 8> acc;
   clear(acc);
 
   int stage = 0, slot = 0;  // slot: of this tile's columns
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
       clear(s);
       add_product_of_rows<T, F::kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), k_tiles + offset, p.q.dtype);
       F::exponentiate(p, s, acc, state, columns + slot * S::kKeys + 16 * piece);
-      add_product_of_sums<T, TileT::kStride>(acc, s, v_tiles + offset, p.q.dtype);
+      add_product_of_sums<T, TileT::kStride>(acc, s, v_tiles + offset + part * static_cast<int>(sizeof(T)), p.q.dtype);
     }
     __syncthreads();         // all have read the tile: its stage may be written
   }
@@ -167,13 +169,14 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
 #pragma unroll
   for (int x = 0; x < 2; ++x) {
     const SelectedRow row = row_at(p, tile, warp_row0 + sums_row(0, 2 * x));
-    if (row.real && threadIdx.x % 4 == 0)
+    if (row.real && part == 0 && threadIdx.x % 4 == 0)
       p.lse[lse_index(p, tile.b, row.head, row.query)] =
           state.total[x] == 0.f ? -infinity() : state.top[x] + logf(state.total[x]);
   }
-  store_rows<T>(p.out, acc, 1.f, [&](int, int half) {
+  const auto row = [&](int, int half) {
     return row_address<T>(p.out, tile.b, row_at(p, tile, warp_row0 + sums_row(0, 2 * half)));
-  });
+  };
+  store_rows<T>(p.out, acc, 1.f, row, part);
 }
 
 template <class T, int kDim>

@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
 
   const RowTile tile = row_tile(p, S::kRows);
   const ColumnSource source = column_source(p, tile);
-  const int warp = threadIdx.x / kWarp, warp_row0 = warp % p.row_warps * 16;
+  const int warp = threadIdx.x / kWarp % S::kWarps, warp_row0 = warp % p.row_warps * 16;
+  const int part = S::kSplit == 1 ? 0 : first_column<S::kWarps, S::kColumns>();
   const T* const k0 = p.k.at<const T>(tile.b, tile.kv_head, 0);
   const T* const v0 = p.v.at<const T>(tile.b, tile.kv_head, 0);
   const auto copy_queries = [&](unsigned char* to, const Rows& t) {
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
     const float lse = row.real ? p.lse[at] : -infinity();
     rows[x] = {sight_of(p, row), lse == -infinity() ? infinity() : lse, row.real ? p.delta[at] : 0.f};
   }
-  Sums<1, kDim / 8> acc;
+  Sums<1, S::kColumns / 8> acc;
   clear(acc);
 
   int stage = 0, slot = 0;  // slot: of this tile's columns
@@ -134,8 +135,8 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
       add_product_of_rows<T, kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), k_tiles + offset, p.q.dtype);
       add_product_of_rows<T, kSteps, TileT::kStride>(dp, dout_tile + TileT::bytes(warp_row0), v_tiles + offset, p.q.dtype);
       score_gradients(p, s, dp, rows, columns + slot * S::kKeys + 16 * piece);
-      if (p.dweights) sum_rows(dp, terms + warp % p.row_warps * S::kKeys + 16 * piece);
-      add_product_of_sums<T, TileT::kStride>(acc, s, k_tiles + offset, p.q.dtype);
+      if (p.dweights && part == 0) sum_rows(dp, terms + warp % p.row_warps * S::kKeys + 16 * piece);
+      add_product_of_sums<T, TileT::kStride>(acc, s, k_tiles + offset + part * static_cast<int>(sizeof(T)), p.q.dtype);
     }
     __syncthreads();         // all have read the tile: its stage may be written
     if (p.dweights) add_to_weights<S::kKeys, S::kThreads>(p, tile, source, terms, n0);
@@ -145,9 +146,10 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
 
   add_warps<S::kWarps>(acc, reinterpret_cast<float*>(k_tiles), p.row_warps);
   if (warp >= p.row_warps) return;
-  store_rows<T>(p.dq, acc, p.scale, [&](int, int half) {
+  const auto row = [&](int, int half) {
     return row_address<T>(p.dq, tile.b, row_at(p, tile, warp_row0 + sums_row(0, 2 * half)));
-  });
+  };
+  store_rows<T>(p.dq, acc, p.scale, row, part);
 }
 
 template <class T, int kDim>
