@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
-# The sanitizer makes all a hundred times slower: few shapes, one for each kernel and way of packing.
+# The sanitizer makes all a hundred times slower: a few shapes, for each kernel and way of packing.
 SANITIZED = (
     "bfloat16 and (n65 or short-29 or g3-hkv2 or d128 or bias-hqk-g3 or h-causal-n129 or h-g2"
     " or window-n100 or g16) and not logit"
