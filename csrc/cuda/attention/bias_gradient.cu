@@ -155,8 +155,7 @@ struct BiasGradient {
 };
 
 template <class T>
-__global__ void __launch_bounds__(BiasGradientShape<T>::kThreads, 2)
-    attention_bias_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+__device__ __forceinline__ void compute(const AttentionArgs& p) {
   using B = BiasGradient<T>;
   using S = typename B::S;
   const Visits all(p, S::kRows, S::kKeys);
@@ -175,11 +174,15 @@ __global__ void __launch_bounds__(BiasGradientShape<T>::kThreads, 2)
   B::store(p, tile, p.dbias + slice * elements, sums);
 }
 
+__global__ void __launch_bounds__(kAttentionThreads, 2) attention_bias_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type)>(p); });
+}
+
 template <class T>
 void run(const AttentionArgs& p, void* stream) {
   using S = BiasGradientShape<T>;
   const int64_t blocks = Visits::product(Visits(p, S::kRows, S::kKeys).tiles) * p.slices;
-  launch("attention_bias_gradient", attention_bias_gradient_kernel<T>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("attention_bias_gradient", attention_bias_gradient_kernel, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 }  // namespace

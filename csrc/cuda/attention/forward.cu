@@ -96,8 +96,7 @@ struct Forward {
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(ForwardShape<T, kDim>::kThreads, ForwardShape<T, kDim>::kBlocksPerSM)
-    attention_forward_kernel(const __grid_constant__ AttentionArgs p) {
+__device__ __forceinline__ void compute(const AttentionArgs& p) {
   using F = Forward<T, kDim>;
   using S = typename F::S;
   using TileT = typename F::TileT;
@@ -174,12 +173,18 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim>::kThreads, ForwardShape<
   store_rows<T>(p.out, acc, 1.f, row, part);
 }
 
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, ForwardShape<Number16, kDim>::kBlocksPerSM)
+    attention_forward_kernel(const __grid_constant__ AttentionArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
+}
+
 template <class T, int kDim>
 void run(AttentionArgs p, void* stream) {
   using S = ForwardShape<T, kDim>;
   p.items_per_tile = items_in_tile(p, S::kRows, S::kKeys);
   const int64_t blocks = count_blocks(p, p.rows_per_item, S::kRows);
-  launch("attention_forward", attention_forward_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("attention_forward", attention_forward_kernel<kDim>, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 }  // namespace

@@ -46,8 +46,7 @@ __device__ __forceinline__ void score_gradients(const AttentionArgs& p, Sums<1, 
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kThreads, KeyGradientShape<T, kDim>::kBlocksPerSM)
-    attention_key_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+__device__ __forceinline__ void compute(const AttentionArgs& p) {
   using S = KeyGradientShape<T, kDim>;
   using TileT = Tile<T, kDim>;
   constexpr int kRowTiles = S::kRows / 8, kSteps = kDim * static_cast<int>(sizeof(T)) / kStepBytes;
@@ -125,12 +124,18 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kThreads, KeyGradie
   store_rows<T>(p.dv, dv, p.dropout_scale, row(p.dv), part);
 }
 
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, KeyGradientShape<Number16, kDim>::kBlocksPerSM)
+    attention_key_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
+}
+
 template <class T, int kDim>
 void run(AttentionArgs p, void* stream) {
   using S = KeyGradientShape<T, kDim>;
   p.items_per_tile = items_in_tile(p, S::kRows, S::kKeys);
   const int64_t blocks = count_blocks(p, p.n_keys, S::kKeys);
-  launch("attention_key_gradient", attention_key_gradient_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("attention_key_gradient", attention_key_gradient_kernel<kDim>, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 }  // namespace

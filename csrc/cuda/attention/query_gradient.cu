@@ -47,8 +47,7 @@ __device__ __forceinline__ void score_gradients(const AttentionArgs& p, Sums<kM,
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kThreads, QueryGradientShape<T, kDim>::kBlocksPerSM)
-    attention_query_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+__device__ __forceinline__ void compute(const AttentionArgs& p) {
   using S = QueryGradientShape<T, kDim>;
   using TileT = Tile<T, kDim>;
   constexpr int kKeyTiles = S::kKeys / 8, kSteps = kDim * static_cast<int>(sizeof(T)) / kStepBytes;
@@ -118,12 +117,18 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kThreads, QueryGr
   store_rows<T>(p.dq, acc, p.scale, row, part);
 }
 
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, QueryGradientShape<Number16, kDim>::kBlocksPerSM)
+    attention_query_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
+}
+
 template <class T, int kDim>
 void run(AttentionArgs p, void* stream) {
   using S = QueryGradientShape<T, kDim>;
   p.items_per_tile = items_in_tile(p, S::kRows, S::kKeys);
   const int64_t blocks = count_blocks(p, p.rows_per_item, S::kRows);
-  launch("attention_query_gradient", attention_query_gradient_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("attention_query_gradient", attention_query_gradient_kernel<kDim>, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 }  // namespace

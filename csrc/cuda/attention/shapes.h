@@ -6,6 +6,8 @@
 
 namespace hierkernels::cuda {
 
+constexpr int kAttentionThreads = 4 * kWarp;  // of a block at most, whatever the type
+
 // Forward and dQ: kWarps x 16 kM rows by kKeys keys, keys and values in two stages. kSplit warps have the same rows, each
 // with a part of the result's columns, which would not fit the registers of one; the scores they compute each for itself.
 template <class T, int kDim>
@@ -16,6 +18,7 @@ struct ForwardShape {
   static constexpr int kM = !kWide && kDim == 64 ? 2 : 1;
   static constexpr int kKeys = kWide ? (kDim == 64 ? 32 : 16) : kDim == 256 ? 32 : 64;
   static constexpr int kRows = 16 * kM * kWarps, kThreads = kWarp * kWarps * kSplit;
+  static_assert(kThreads <= kAttentionThreads);
   static constexpr int kShared = Tile<T, kDim>::bytes(kRows + 4 * kKeys);
   static constexpr int kBlocksPerSM = kDim * sizeof(T) <= 256 ? 2 : 1;
 };
@@ -28,6 +31,7 @@ struct QueryGradientShape {
   static constexpr int kM = 1;
   static constexpr int kKeys = kDim == 256 || (kWide && kDim == 128) ? 16 : kWide || kDim == 128 ? 32 : 64;
   static constexpr int kRows = 16 * kM * kWarps, kThreads = kWarp * kWarps * kSplit;
+  static_assert(kThreads <= kAttentionThreads);
   static constexpr int kShared = Tile<T, kDim>::bytes(2 * kRows + 4 * kKeys);
   static constexpr int kBlocksPerSM = kDim * sizeof(T) <= 256 ? 2 : 1;
 };
@@ -40,6 +44,7 @@ struct KeyGradientShape {
   static constexpr int kSplit = kWide && kDim == 256 ? 4 : kDim == 256 || (kWide && kDim == 128) ? 2 : 1;
   static constexpr int kKeyWarps = 4 / kSplit;
   static constexpr int kKeys = 16 * kKeyWarps, kThreads = kWarp * kKeyWarps * kSplit;
+  static_assert(kThreads <= kAttentionThreads);
   static constexpr int kRows = kWide || kDim == 256 ? 16 : kDim == 128 ? 32 : 64;
   static constexpr int kStatistics = 2 * kRows * static_cast<int>(sizeof(float));  // a stage's lse and delta
   static constexpr int kShared = Tile<T, kDim>::bytes(2 * kKeys + 4 * kRows) + 2 * kStatistics;

@@ -1,7 +1,8 @@
-// Kernels are compiled once for both 16-bit types. Which one it is stands in the parameters of a launch.
+// A kernel serves every type of numbers. Which one it is stands in the parameters of a launch.
 //
-// Copies do not ask for it. Products do, by a branch around a whole tile's instructions, which is the same for the grid:
-// one kernel then holds two sets of products, and neither is slower than in a kernel of its own.
+// float32 has a body of its own: rows are twice as long, so tiles are others. The two 16-bit types share one: copies do not
+// ask which it is, and products do by a branch around a whole tile's instructions. All these branches are the same for
+// the grid, so nothing is slower than in a kernel for one type, but that registers are those of the larger body.
 #pragma once
 #include "../../common/tensor.h"
 #include "ptx.h"
@@ -12,6 +13,15 @@ namespace hierkernels::cuda {
 struct Number16 {
   uint16_t bits;
 };
+
+// work(type) with float or Number16.
+template <class Work>
+__device__ __forceinline__ void with_width(DType dtype, Work work) {
+  if (dtype == DType::kFloat32)
+    work(float());
+  else
+    work(Number16());
+}
 
 // work(type) with a number of the type that numbers of T have: of `dtype`, if T leaves it open.
 template <class T, class Work>

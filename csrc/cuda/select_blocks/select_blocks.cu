@@ -218,7 +218,7 @@ __device__ __forceinline__ Step next_step(const SelectArgs& p, Step s, int seen)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSelectThreads, 2) select_blocks_kernel(const __grid_constant__ SelectArgs p) {
+__device__ __forceinline__ void compute(const SelectArgs& p) {
   const Selection<T> s(p);
   const int blocks = static_cast<int>(p.candidates.at(s.last, p.blocks));
   const int seen = static_cast<int>(p.visible.at(s.last, p.n_windows));
@@ -258,6 +258,10 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_blocks_kernel(const 
   s.store();
 }
 
+__global__ void __launch_bounds__(kSelectThreads, 2) select_blocks_kernel(const __grid_constant__ SelectArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type)>(p); });
+}
+
 template <class T>
 void run(SelectArgs p, void* stream) {
   const int bytes = p.width * static_cast<int>(sizeof(T));
@@ -271,7 +275,7 @@ void run(SelectArgs p, void* stream) {
   if (p.queries > p.n_queries) p.queries = p.n_queries;
   while (p.queries > 1 && select_memory<T>(p).bytes > kMaxSharedBytes) --p.queries;
   p.tiles = (p.n_queries + p.queries - 1) / p.queries;
-  launch("select_blocks", select_blocks_kernel<T>, static_cast<int64_t>(p.batch) * p.choosers * p.tiles, kSelectThreads,
+  launch("select_blocks", select_blocks_kernel, static_cast<int64_t>(p.batch) * p.choosers * p.tiles, kSelectThreads,
          select_memory<T>(p).bytes, stream, p);
 }
 
@@ -314,10 +318,7 @@ void select_blocks(const SelectParams& p, const Tensor& indices, void* stream) {
 }
 
 std::vector<KernelInfo> select_kernels() {
-  const auto info = [](const char* type) {
-    return KernelInfo{std::string("select_blocks_kernel<") + type + ">", kSelectThreads, kMaxSharedBytes};
-  };
-  return {info("Number16"), info("float")};
+  return {{"select_blocks_kernel", kSelectThreads, kMaxSharedBytes}};
 }
 
 }  // namespace hierkernels::cuda

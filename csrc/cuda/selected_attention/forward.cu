@@ -97,8 +97,7 @@ struct SelectedForward {
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShape<T, kDim>::kBlocksPerSM)
-    selected_forward_kernel(const __grid_constant__ SelectedArgs p) {
+__device__ __forceinline__ void compute(const SelectedArgs& p) {
   using F = SelectedForward<T, kDim>;
   using S = typename F::S;
   using TileT = typename F::TileT;
@@ -179,12 +178,18 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
   store_rows<T>(p.out, acc, 1.f, row, part);
 }
 
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, SelectedShape<Number16, kDim>::kBlocksPerSM)
+    selected_forward_kernel(const __grid_constant__ SelectedArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
+}
+
 template <class T, int kDim>
 void run(SelectedArgs p, void* stream) {
   using S = SelectedShape<T, kDim>;
   plan_rows(p, S::kRows);
   const int64_t blocks = static_cast<int64_t>(p.batch) * p.choosers * p.sets * p.row_blocks;
-  launch("selected_forward", selected_forward_kernel<T, kDim>, blocks, S::kThreads, S::kForwardShared, stream, p);
+  launch("selected_forward", selected_forward_kernel<kDim>, blocks, S::kThreads, S::kForwardShared, stream, p);
 }
 
 }  // namespace

@@ -100,8 +100,7 @@ __device__ __forceinline__ void score_gradients(const SelectedArgs& p, Sums<1, k
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(SelectedKeyShape<T, kDim>::kThreads, SelectedKeyShape<T, kDim>::kBlocksPerSM)
-    selected_key_gradient_kernel(const __grid_constant__ SelectedArgs p) {
+__device__ __forceinline__ void compute(const SelectedArgs& p) {
   using S = SelectedKeyShape<T, kDim>;
   using TileT = Tile<T, kDim>;
   constexpr int kSteps = kDim * static_cast<int>(sizeof(T)) / kStepBytes;
@@ -195,13 +194,19 @@ __global__ void __launch_bounds__(SelectedKeyShape<T, kDim>::kThreads, SelectedK
   store_rows<float>(Rows{nullptr, 0, 0, 0, p.dv.channels, false, paired, DType::kFloat32}, dv, 1.f, row(p.dk.channels), part);
 }
 
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, SelectedKeyShape<Number16, kDim>::kBlocksPerSM)
+    selected_key_gradient_kernel(const __grid_constant__ SelectedArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
+}
+
 template <class T, int kDim>
 void run(SelectedArgs p, void* stream) {
   using S = SelectedKeyShape<T, kDim>;
   const int size = p.merge * p.block_size;
   p.key_tiles = (size + S::kKeys - 1) / S::kKeys;
   const int64_t blocks = static_cast<int64_t>(p.batch) * p.kv_heads * p.items * p.key_tiles;
-  launch("selected_key_gradient", selected_key_gradient_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("selected_key_gradient", selected_key_gradient_kernel<kDim>, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 template <class T, int kDim>

@@ -68,8 +68,7 @@ __device__ __forceinline__ void add_to_weights(const SelectedArgs& p, const RowT
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShape<T, kDim>::kBlocksPerSM)
-    selected_query_gradient_kernel(const __grid_constant__ SelectedArgs p) {
+__device__ __forceinline__ void compute(const SelectedArgs& p) {
   using S = SelectedShape<T, kDim>;
   using TileT = Tile<T, kDim>;
   constexpr int kSteps = S::kBytes / kStepBytes;
@@ -152,12 +151,18 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
   store_rows<T>(p.dq, acc, p.scale, row, part);
 }
 
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, SelectedShape<Number16, kDim>::kBlocksPerSM)
+    selected_query_gradient_kernel(const __grid_constant__ SelectedArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
+}
+
 template <class T, int kDim>
 void run(SelectedArgs p, void* stream) {
   using S = SelectedShape<T, kDim>;
   plan_rows(p, S::kRows);
   const int64_t blocks = static_cast<int64_t>(p.batch) * p.choosers * p.sets * p.row_blocks;
-  launch("selected_query_gradient", selected_query_gradient_kernel<T, kDim>, blocks, S::kThreads, S::kQueryShared, stream, p);
+  launch("selected_query_gradient", selected_query_gradient_kernel<kDim>, blocks, S::kThreads, S::kQueryShared, stream, p);
 }
 
 template <class T, int kDim>

@@ -15,6 +15,7 @@ struct SelectedShape {
   static constexpr int kSplit = kBytes == 1024 ? 4 : 1;
   static constexpr int kRows = kBytes == 128 ? 64 : kBytes == 256 ? 32 : 16;
   static constexpr int kKeys = 16 * kWarps, kThreads = kWarp * kWarps * kSplit, kColumns = kDim / kSplit;
+  static_assert(kThreads <= kAttentionThreads);
   static constexpr int kColumnBytes = kColumnSlots * kKeys * static_cast<int>(sizeof(KeyColumn));
   static constexpr int kWeightBytes = kRows / 16 * kKeys * static_cast<int>(sizeof(float));
   static constexpr int kForwardShared = Tile<T, kDim>::bytes(kRows + 4 * kKeys) + kColumnBytes;

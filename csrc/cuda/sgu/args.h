@@ -150,7 +150,7 @@ void run_sgu_forward(const SguArgs& p, DType dtype, void* stream);
 void run_sgu_mix_gradient(const SguArgs& p, void* stream);
 void run_sgu_gate_gradient(const SguArgs& p, DType dtype, void* stream);
 void run_sgu_weight_gradient(const SguArgs& p, DType dtype, int splits, void* stream);
-constexpr int kMixGradientThreads = 256;
+constexpr int kMixGradientThreads = 256, kMixThreads = 4 * kWarp;  // of the products, whatever the type
 
 // run<T>(...) for the type of the activations.
 #define HIERKERNELS_SGU_DISPATCH(dtype, run, ...)                      \

@@ -41,10 +41,7 @@ __device__ __forceinline__ void compute(const SguArgs& p) {
 
 // Bound by memory: a branch on the type costs nothing.
 __global__ void __launch_bounds__(kMixGradientThreads) sgu_mix_gradient_kernel(const __grid_constant__ SguArgs p) {
-  if (p.dtype == DType::kFloat32)
-    compute<float>(p);
-  else
-    compute<Number16>(p);
+  with_width(p.dtype, [&](auto type) { compute<decltype(type)>(p); });
 }
 
 }  // namespace

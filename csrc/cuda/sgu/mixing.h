@@ -14,6 +14,7 @@ template <class T>
 struct MixShape {
   static constexpr int kM = sizeof(T) == 4 ? 2 : 4, kN = 8;  // of a warp, in tiles of 16 x 8
   static constexpr int kWarpRows = 2, kWarpColumns = 2, kThreads = kWarp * kWarpRows * kWarpColumns;
+  static_assert(kThreads == kMixThreads);
   static constexpr int kRows = 16 * kM * kWarpRows, kColumns = 8 * kN * kWarpColumns;
   static constexpr int kTerms = 64 / static_cast<int>(sizeof(T));  // two steps
 };

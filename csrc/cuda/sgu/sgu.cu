@@ -67,20 +67,20 @@ int64_t items_of_split(const SguParams& p) {
   return (items + splits - 1) / splits;
 }
 
-template <class T>
-void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
-  to.push_back({"sgu_forward_kernel<" + type + ">", MixShape<T>::kThreads, Mixing<T, false>::shared_bytes(true)});
-  to.push_back({"sgu_gate_gradient_kernel<" + type + ">", MixShape<T>::kThreads, Mixing<T, true>::shared_bytes(true)});
-  to.push_back({"sgu_weight_gradient_kernel<" + type + ">", WeightShape<T>::kThreads, WeightShape<T>::kShared});
+template <bool kTransposed>
+int mixing_shared() {
+  const int wide = Mixing<float, kTransposed>::shared_bytes(true), narrow = Mixing<Number16, kTransposed>::shared_bytes(true);
+  return wide > narrow ? wide : narrow;
 }
 
 }  // namespace
 
 std::vector<KernelInfo> sgu_kernels() {
-  std::vector<KernelInfo> kernels{{"sgu_mix_gradient_kernel", kMixGradientThreads, 0}};
-  add_kernels<Number16>(kernels, "Number16");
-  add_kernels<float>(kernels, "float");
-  return kernels;
+  const int of_weight = WeightShape<Number16>::kShared;
+  return {{"sgu_mix_gradient_kernel", kMixGradientThreads, 0},
+          {"sgu_forward_kernel", kMixThreads, mixing_shared<false>()},
+          {"sgu_gate_gradient_kernel", kMixThreads, mixing_shared<true>()},
+          {"sgu_weight_gradient_kernel", kMixThreads, of_weight}};
 }
 
 int sgu_weight_splits(const SguParams& p) {

@@ -79,7 +79,7 @@ __device__ __forceinline__ void store_pair(const SguArgs& p, int64_t at, float x
 }
 
 template <class T>
-__global__ void __launch_bounds__(WeightShape<T>::kThreads, 2) sgu_weight_gradient_kernel(const __grid_constant__ SguArgs p) {
+__device__ __forceinline__ void compute(const SguArgs& p) {
   using S = WeightShape<T>;
   const Block block = block_of<T>(p);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -136,12 +136,16 @@ __global__ void __launch_bounds__(WeightShape<T>::kThreads, 2) sgu_weight_gradie
     }
 }
 
+__global__ void __launch_bounds__(kMixThreads, 2) sgu_weight_gradient_kernel(const __grid_constant__ SguArgs p) {
+  with_width(p.dtype, [&](auto type) { compute<decltype(type)>(p); });
+}
+
 template <class T>
 void run(const SguArgs& p, int splits, void* stream) {
   using S = WeightShape<T>;
   const int64_t tiles = (p.width + S::kSize - 1) / S::kSize;
   const int64_t blocks = tiles * tiles * (p.own > 0 ? 2 : 1) * p.heads * splits;
-  launch("sgu_weight_gradient", sgu_weight_gradient_kernel<T>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("sgu_weight_gradient", sgu_weight_gradient_kernel, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 }  // namespace
