@@ -3,8 +3,8 @@
 // Each warp has the running softmax of its own 16 keys of each tile; the warps that share rows are merged at the end.
 #include "../attention/scores.h"
 #include "../common/launch.h"
-#include "columns.h"
 #include "kernels.h"
+#include "stages.h"
 
 namespace hierkernels::cuda {
 namespace {
@@ -103,33 +103,16 @@ __device__ __forceinline__ void compute(const SelectedArgs& p) {
   using TileT = typename F::TileT;
   unsigned char* const q_tile = shared_memory();
   unsigned char* const k_tiles = q_tile + TileT::bytes(S::kRows);
-  unsigned char* const v_tiles = k_tiles + 2 * TileT::bytes(S::kKeys);
-  KeyColumn* const columns = reinterpret_cast<KeyColumn*>(v_tiles + 2 * TileT::bytes(S::kKeys));
 
   const RowTile tile = row_tile(p, S::kRows);
-  const ColumnSource source = column_source(p, tile);
+  const KeyStages<T, kDim> stages(p, tile, k_tiles);
+  const ColumnSource& source = stages.source;
   const int warp = threadIdx.x / kWarp % S::kWarps, warp_row0 = warp % p.row_warps * 16;
   const int part = S::kSplit == 1 ? 0 : first_column<S::kWarps, S::kColumns>();
-  const T* const k0 = p.k.at<const T>(tile.b, tile.kv_head, 0);
-  const T* const v0 = p.v.at<const T>(tile.b, tile.kv_head, 0);
-  const auto copy_stage = [&](const KeyColumn* at, int stage) {
-    const auto row = [&](const T* first, int64_t token) {
-      return [=](int r) { return at[r].key < 0 ? nullptr : first + at[r].key * token; };
-    };
-    copy_rows<T, S::kKeys, kDim, S::kThreads>(k_tiles + stage * TileT::bytes(S::kKeys), p.k, row(k0, p.k.token));
-    copy_rows<T, S::kKeys, kDim, S::kThreads>(v_tiles + stage * TileT::bytes(S::kKeys), p.v, row(v0, p.v.token));
-  };
-  const auto look_up = [&](int n0, int slot) {
-    fill_columns<S::kKeys, S::kThreads>(p, tile, source, columns + slot * S::kKeys, n0);
-  };
 
   copy_rows<T, S::kRows, kDim, S::kThreads>(
       q_tile, p.q, [&](int r) { return row_address<const T>(p.q, tile.b, row_at(p, tile, r)); });
-  look_up(0, 0);
-  look_up(S::kKeys, 1);
-  __syncthreads();
-  if (source.count > 0) copy_stage(columns, 0);
-  ptx::cp_async_commit();
+  stages.start();
 
   typename F::State state;
 #pragma unroll
@@ -143,18 +126,14 @@ __device__ __forceinline__ void compute(const SelectedArgs& p) {
 
   int stage = 0, slot = 0;  // slot: of this tile's columns
   for (int n0 = 0; n0 < source.count; n0 += S::kKeys, stage ^= 1, slot = (slot + 1) % kColumnSlots) {
-    if (n0 + S::kKeys < source.count) copy_stage(columns + (slot + 1) % kColumnSlots * S::kKeys, stage ^ 1);
-    ptx::cp_async_commit();  // perhaps empty: waiting for all but one means this tile in any case
-    look_up(n0 + 2 * S::kKeys, (slot + 2) % kColumnSlots);  // while copies are on their way
-    ptx::cp_async_wait<1>();
-    __syncthreads();         // every thread's part of the tile, and of the next tile but one's columns, is there
+    stages.wait(n0, stage, slot);
     for (int piece = warp / p.row_warps; piece < S::kWarps; piece += S::kWarps / p.row_warps) {
       const int offset = stage * TileT::bytes(S::kKeys) + TileT::bytes(16 * piece);
       Sums<1, 2> s;
       clear(s);
-      add_product_of_rows<T, F::kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), k_tiles + offset, p.q.dtype);
-      F::exponentiate(p, s, acc, state, columns + slot * S::kKeys + 16 * piece);
-      add_product_of_sums<T, TileT::kStride>(acc, s, v_tiles + offset + part * static_cast<int>(sizeof(T)), p.q.dtype);
+      add_product_of_rows<T, F::kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), stages.keys + offset, p.q.dtype);
+      F::exponentiate(p, s, acc, state, stages.slot_at(slot) + 16 * piece);
+      add_product_of_sums<T, TileT::kStride>(acc, s, stages.values + offset + part * static_cast<int>(sizeof(T)), p.q.dtype);
     }
     __syncthreads();         // all have read the tile: its stage may be written
   }
