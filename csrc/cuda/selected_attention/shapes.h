@@ -20,7 +20,7 @@ struct SelectedShape {
   static constexpr int kWeightBytes = kRows / 16 * kKeys * static_cast<int>(sizeof(float));
   static constexpr int kForwardShared = Tile<T, kDim>::bytes(kRows + 4 * kKeys) + kColumnBytes;
   static constexpr int kQueryShared = Tile<T, kDim>::bytes(2 * kRows + 4 * kKeys) + kColumnBytes + kWeightBytes;
-  static constexpr int kBlocksPerSM = kBytes <= 256 ? 2 : 1;
+  static constexpr int kBlocksPerSM = kBytes == 128 ? 3 : kBytes <= 256 ? 2 : 1;  // as shared memory has it
 };
 
 // dK and dV: as attention's, but that a row is looked up before it is copied.
