@@ -178,6 +178,22 @@ void gradient_tile(const TileRows& tile, const TileModifiers<F>& modifiers, cons
   }
 }
 
+// sums[r] += what the P of row r, as gradient_tile<false> computes it, adds up to in the tile.
+template <class F>
+void add_probabilities(const TileRows& tile, const TileModifiers<F>& modifiers, const F* lse, const F* lse_low, F* scores,
+                       int64_t stride, F* sums) {
+  constexpr int W = kWidth<F>;
+  prepare_scores(tile, modifiers, scores, stride, static_cast<F*>(nullptr), static_cast<F*>(nullptr));
+  for (int r = 0; r < tile.n; ++r, scores += stride) {
+    const int from = tile.from[r], to = tile.to[r];
+    if (from >= to) continue;
+    const Vec<F> high = set1(lse[r]), low = set1(lse_low[r]);
+    Vec<F> sum = zero<F>();
+    for (int j = from / W * W; j < to; j += W) sum += exp2(load(scores + j) - high - low);
+    sums[r] += reduce_add(sum);
+  }
+}
+
 }  // namespace
 }  // namespace HK_ISA
 }  // namespace hierkernels

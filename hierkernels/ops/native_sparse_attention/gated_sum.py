@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hierkernels.eager import is_transformed, is_unwatched
+from hierkernels.eager import are_plain, is_transformed, is_unwatched
 from hierkernels.native import native
 from hierkernels.ops.native_sparse_attention import cpu_gated_sum
 from hierkernels.ops.native_sparse_attention.branches import Branches
@@ -49,22 +49,26 @@ class _GatedSum(torch.autograd.Function):
         return None, dgates, grad * a, grad * b, torch.mul(grad, c, out=product)
 
 
-def _triton(t: torch.Tensor, backend: str | None) -> ModuleType | None:
-    """Triton's kernels, where they are asked for, and on GPUs if nothing is."""
-    if backend != "triton" and (backend is not None or not t.is_cuda):
-        return None
+def _triton(tensors: tuple[torch.Tensor, ...], backend: str | None) -> ModuleType | None:
+    """Triton's kernels, where they are asked for, and on GPUs that they support.
+
+    Raises NotImplementedError, with reasons, if they are asked for and refuse.
+    """
     try:
         from hierkernels.ops.native_sparse_attention import triton_gated_sum
     except ImportError:
         return None
-    return triton_gated_sum if backend or t.dtype in triton_gated_sum.DTYPES else None
+    reasons = triton_gated_sum.reasons(tensors[1])
+    if reasons and backend == "triton":
+        raise NotImplementedError("gated sum: backend 'triton' refuses: " + "; ".join(reasons))
+    return None if reasons else triton_gated_sum
 
 
 def _kernels(tensors: tuple[torch.Tensor, ...], backend: str | None) -> ModuleType | None:
     """The kernels that compute it; None: PyTorch's operations do."""
-    if tensors[0].is_cuda or backend == "triton":
-        return _triton(tensors[1], backend)
-    is_plain = native() is not None and is_unwatched(tensors)
+    if backend == "triton" or (backend is None and tensors[0].is_cuda):
+        return _triton(tensors, backend) if are_plain(tensors) else None
+    is_plain = not tensors[0].is_cuda and native() is not None and is_unwatched(tensors)
     return cpu_gated_sum if is_plain and tensors[1].dtype in cpu_gated_sum.DTYPES else None
 
 
