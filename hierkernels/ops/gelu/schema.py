@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -54,18 +53,18 @@ def _differentiate(ctx: Any, dfirst: torch.Tensor, dsecond: torch.Tensor) -> tup
     (x,) = ctx.saved_tensors
     # With create_graph the gradient needs a graph, which the operator makes.
     direct = not torch.is_grad_enabled() and is_unwatched((x, dfirst, dsecond))
-    backward = _backward if direct else torch.ops.hierkernels.gelu_backward.default
+    backward = _backward if direct else _OPERATOR.backward
     return backward(x, ctx.form, dfirst, dsecond, ctx.backend), None, None
 
 
-_EAGER = register(
+_OPERATOR = register(
     "gelu", (_forward, _fake_forward), (_backward, _fake_backward), _setup_context, _differentiate
 )
 
 
 def gelu(call: GeluCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(first, second): the operator, or its implementation where nobody sees the difference."""
-    run: Callable[..., Any] = torch.ops.hierkernels.gelu_forward.default
+    run = _OPERATOR.forward
     if is_unwatched((call.x,)):
-        run = _EAGER if torch.is_grad_enabled() else _forward
+        run = _OPERATOR.eager if torch.is_grad_enabled() else _forward
     return run(call.x, call.form, backend)

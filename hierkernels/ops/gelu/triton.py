@@ -12,7 +12,7 @@ from hierkernels.ops.gelu.call import GeluCall
 from hierkernels.triton_common.activation import activate, slope
 from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.launch import Launch, Target
-from hierkernels.triton_common.tiles import rounded
+from hierkernels.triton_common.tiles import cdiv, rounded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whether the kernels are interpreted is settled when this module is imported.
@@ -30,7 +30,7 @@ def _places(total, C, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     return at, source, at < total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _gelu_forward_kernel(
     x_ptr, first_ptr, second_ptr, total, C, FORM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -51,7 +51,7 @@ def _gelu_forward_kernel(
     tl.store(first_ptr + at, rounded(y, dtype, PRECISION), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _gelu_backward_kernel(
     x_ptr, first_ptr, second_ptr, dx_ptr, total, C, FORM: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -83,8 +83,9 @@ def _launch(kernel: Any, call: GeluCall, target: Target, **tensors: torch.Tensor
     arguments = {f"{name}_ptr": t for name, t in tensors.items()} | {
         "x_ptr": call.x, "total": total, "C": call.channels, "FORM": call.form, "BLOCK": _BLOCK,
         "PRECISION": target.precision, "num_warps": 4, "num_stages": 1,
+        "enable_fp_fusion": True,
     }  # fmt: skip
-    return Launch(kernel, triton.cdiv(total, _BLOCK), arguments)
+    return Launch(kernel, cdiv(total, _BLOCK), arguments)
 
 
 def plan_forward(

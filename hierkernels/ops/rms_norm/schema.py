@@ -5,7 +5,6 @@ Layer norms are calls of the same operator, with a bias.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -72,14 +71,14 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, *_: Any) -> tuple:
         wanted.pop()
     # With create_graph the gradients need a graph, which the operator makes.
     direct = not torch.is_grad_enabled() and is_unwatched((*tensors, inverse, dout))
-    backward = _backward if direct else torch.ops.hierkernels.rms_norm_backward.default
+    backward = _backward if direct else _OPERATOR.backward
     call = (*tensors, ctx.eps, ctx.eps_is_added, ctx.shift, ctx.dtype)
     rest = iter(backward(*call, inverse, mean, dout, wanted, ctx.backend))
     grads = [next(rest) if want else None for want in wanted]
     return *grads, *(None,) * (_ARGUMENTS + 1 - len(grads))
 
 
-_EAGER = register(
+_OPERATOR = register(
     "rms_norm",
     (_forward, _fake_forward),
     (_backward, _fake_backward),
@@ -91,7 +90,7 @@ _EAGER = register(
 def norm(call: NormCall, backend: str) -> torch.Tensor:
     """out: the operator, or its implementation where nobody sees the difference."""
     tensors = (call.x, call.weight, call.bias)
-    run: Callable[..., Any] = torch.ops.hierkernels.rms_norm_forward.default
+    run = _OPERATOR.forward
     if is_unwatched(tensors):
-        run = _EAGER if torch.is_grad_enabled() else _forward
+        run = _OPERATOR.eager if torch.is_grad_enabled() else _forward
     return run(*tensors, call.eps, call.eps_is_added, call.shift, call.dtype, backend)[0]
