@@ -75,6 +75,8 @@ _HALF = {
 # (channels are not a power of two), "packed" (several heads in a tile), "stepped" (bounds whose
 # steps are longer than 1), "grouped" (several heads, one after the other).
 _SPECIAL = {
+    ("sm_80", "forward", 64, "slots"): Config(64, 32, 8, 2, "always"),
+    ("sm_86", "forward", 64, "slots"): Config(64, 32, 8, 2, "always"),
     ("sm_80", "forward", 128, "packed"): Config(128, 32, 8, 3, "always"),
     ("sm_80", "dq", 128, "pairs"): Config(64, 32, 8, 2, "split"),
     ("sm_80", "dkv", 64, "pairs"): Config(64, 32, 4, 2, "always"),

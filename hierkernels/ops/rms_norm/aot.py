@@ -35,6 +35,7 @@ CASES = (
     Case("plain", 768, "bfloat16", shift=0, quick=True),
     Case("narrow", 96, "float16", "float32"),
     Case("wide", 8192, "bfloat16"),
+    Case("long", 81920, "bfloat16", shift=0, quick=True),
 )
 
 
@@ -43,17 +44,16 @@ def spill_limit(case: Case) -> float:
     return 0
 
 
-def plan(case: Case, arch: int) -> list[Launch]:
+def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     """The launches of a case: forward, then backward."""
     to = getattr(torch, case.to)
-    x = torch.empty(8, 1024, case.channels, dtype=getattr(torch, case.dtype), device="meta")
-    weight = torch.empty(case.channels, dtype=x.dtype, device="meta")
+    x = torch.empty(8, 1024, case.channels, dtype=getattr(torch, case.dtype), device=device)
+    weight = torch.empty(case.channels, dtype=x.dtype, device=device)
     call = make_call(x, weight, shift=case.shift, dtype=to)
     out, inverse = call.new_outputs()
-    target = Target(f"sm_{arch}", "tf32")
     return [
-        plan_forward(call, target, out, inverse),
-        plan_backward(call, target, inverse, out, x)[0],
+        *plan_forward(call, target, out, inverse),
+        *plan_backward(call, target, inverse, out, x)[0],
     ]
 
 
