@@ -30,7 +30,13 @@ from triton.compiler import ASTSource
 
 from hierkernels.triton_common.device import SHARED_MEMORY, device_family
 from hierkernels.triton_common.launch import OPTIONS, Launch, Target
-from hierkernels.triton_common.resources import accesses, programs_that_fit, tensor_share
+from hierkernels.triton_common.resources import (
+    BOUNDED,
+    accesses,
+    products_of_32_bits,
+    programs_that_fit,
+    tensor_share,
+)
 
 ARCHITECTURES = (80, 90, 100)
 OTHERS = (86, 89, 120)  # which take the row of sm_86
@@ -180,6 +186,9 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
         problems.append(f"shared memory over {limit}")
     if getattr(compiled.metadata, "tmem_size", 0) > _TENSOR_MEMORY:
         problems.append(f"tensor memory over {_TENSOR_MEMORY}")
+    wrapping = products_of_32_bits(compiled.asm["ttir"])
+    if wrapping := wrapping - BOUNDED.get(launch.kernel.__name__, {}).keys():
+        problems.append("32-bit products in addresses: " + " ".join(sorted(wrapping)))
     if "serializ" in log:
         problems.append("serialised")
     if case.dtype != "float32" and products.startswith("fma"):

@@ -1,5 +1,7 @@
 """What a compiled kernel means for a multiprocessor: programs that fit, tensor cores, narrow loads.
 
+And a question to its addresses: which of their factors are multiplied in 32 bits.
+
 Estimates from the code alone, to compare tiles with one another before anything can be timed.
 """
 
@@ -102,3 +104,65 @@ def tensor_share(cubin: bytes, arch: int) -> float | None:
         elif re.search(r"/\*[0-9a-f]+\*/\s+\S", line):
             others += 1
     return tensor / (tensor + others) if tensor else None
+
+
+# ---- products of 32 bits in addresses ----
+
+# Of numbers that are not known at compile time, by kernel and variable; each is below 2**31, since:
+BOUNDED = {
+    "_attention_forward_kernel": {"stride_lse": "heads of at most 64 queries"},
+    "_attention_backward_dq_kernel": {"stride_lse": "heads of at most 64 queries"},
+    "_attention_backward_dbias_kernel": {
+        "stats": "heads of at most 64 queries",
+        "row0": "buckets of the queries",
+        "bias_at": "partial sums, of which each has its memory",
+        "at": "at most 64 queries and keys",
+    },
+    "_causal_sgu_forward_kernel": {"first": "buckets of the tokens"},
+    "_causal_sgu_backward_gate_kernel": {"first": "buckets of the tokens"},
+    "_causal_sgu_backward_weight_kernel": {"first": "buckets of the tokens"},
+    "_rms_norm_backward_kernel": {"rows": "supports() leaves room for those of the last program"},
+    "_selected_attention_backward_dkv_kernel": {
+        "begin": "visits of a pair, which supports() bounds",
+        "of_all": "blocks of all pairs, which supports() bounds",
+    },
+}
+_OPERATION = re.compile(r'\s*(%[\w#]+)(?::\d+)? = "?([\w.]+)"?(.*)')
+# What an offset is not followed through: it is bounded by what it comes from.
+_LEAVES = ("tt.load", "tt.make_range", "tt.get_program_id", "arith.divsi", "arith.remsi", "scf.for")
+_SHAPES = ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi")
+
+
+def products_of_32_bits(ttir: str) -> set[str]:
+    """Variables of 32 bits that are products of two run-time numbers, and part of an address."""
+    operations: dict[str, tuple[str, list[str], str]] = {}
+    for line in ttir.splitlines():
+        if found := _OPERATION.match(line):
+            operands = re.findall(r"%[\w#]+", found[3].split(" : ")[0])
+            operations[found[1]] = found[2], operands, line
+    places = dict(re.findall(r'^(#loc\d+) = loc\("(\w+)"', ttir, re.MULTILINE))
+
+    def is_constant(name: str) -> bool:
+        kind, operands, _ = operations.get(name, ("", [], ""))
+        if kind in _SHAPES:
+            return is_constant(operands[0])
+        return kind == "arith.constant"
+
+    def follow(name: str) -> None:
+        if name in seen or name not in operations or operations[name][0] in _LEAVES:
+            return
+        seen.add(name)
+        kind, operands, line = operations[name]
+        narrow = re.search(r": (?:tensor<[\dx]+x)?i32>? loc", line) is not None
+        if kind == "arith.muli" and narrow and not any(map(is_constant, operands)):
+            place = re.search(r"loc\((#loc\d+)\)", line)
+            products.add(places.get(place[1], line.strip()) if place else line.strip())
+        for operand in operands[1:] if kind == "arith.select" else operands:
+            follow(operand)
+
+    seen: set[str] = set()
+    products: set[str] = set()
+    for kind, operands, _ in operations.values():
+        if kind == "tt.addptr":
+            follow(operands[1])
+    return products
