@@ -252,7 +252,7 @@ def _compiled(q: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tenso
         "attention": lambda x: hk.attention(x, x, x, is_causal=True, backend="triton"),
         "local_attention": lambda x: hk.local_attention(x, x, x, 16, backend="triton"),
         "causal_sgu": lambda x: hk.causal_sgu(
-            x.flatten(0, 1), x.flatten(0, 1), mix, mix_bias, backend="triton"
+            x.flatten(0, 1), x.flatten(0, 1), mix, rows, backend="triton"
         ),
         "rms_norm": lambda x: hk.rms_norm(x.flatten(0, 1), weight, backend="triton"),
         "rotary": lambda x: hk.rotary(x, table, table, backend="triton"),
