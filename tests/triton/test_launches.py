@@ -27,6 +27,7 @@ from hierkernels.ops.attention import triton as attention_backend
 from hierkernels.ops.causal_sgu import aot as sgu_cases
 from hierkernels.ops.causal_sgu import api as sgu
 from hierkernels.ops.causal_sgu import triton as sgu_backend
+from hierkernels.ops.native_sparse_attention import gated_sum as sum_of_branches
 from hierkernels.ops.native_sparse_attention import triton_gated_sum as gated_sum
 from hierkernels.ops.rms_norm import triton as norm_backend
 from hierkernels.ops.rms_norm.call import NormCall
@@ -277,6 +278,14 @@ def test_compiles_to_one_graph(op: str, gpu: FakeGPU) -> None:
     assert out.device.type == "cuda"
     assert len(graphs) == 1 and not gpu.launched
     assert sum("hierkernels" in target for target in graphs[0]) == 1
+
+
+def test_a_traced_gated_sum_is_of_operations_that_can_be_traced(gpu: FakeGPU) -> None:
+    with fake_mode():
+        parts = tuple(_empty(2, 4, 8, 64) for _ in range(3))
+        out = sum_of_branches.gated_sum(_empty(2, 4, 8, 3), parts, None)
+    assert out.shape == parts[0].shape
+    assert not gpu.launched
 
 
 # ---- which devices ----
