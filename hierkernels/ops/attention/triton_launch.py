@@ -99,7 +99,10 @@ def _demands(call: AttentionCall, pack: int) -> frozenset[str]:
     forms = frozenset((_bias_form(call, pack), _pair_form(call.mask, pack)))
     lo, hi = call.key_range
     step = max(lo.step, hi.step)
-    return configs.demands_of(forms, call.seed is not None, _channels(call), pack, call.group, step)
+    modified = call.padding is not None or bool(call.softcap)
+    return configs.demands_of(
+        forms, call.seed is not None, modified, _channels(call), pack, call.group, step
+    )
 
 
 def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) -> Config:
