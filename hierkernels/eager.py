@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     from torch._C import (
@@ -73,9 +74,22 @@ def is_unwatched(tensors: Iterable[torch.Tensor | None]) -> bool:
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or maybe_current_level() is not None
+        or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
         or _profiler_enabled()
     ):
         return False
     # A list, not a generator: half the time.
     return all([t is None or _is_plain(t) for t in tensors])
+
+
+def in_functional_transform() -> bool:
+    """A transform of torch.func is active: grad, vmap, jvp and what is made of them."""
+    return _CAN_TELL and maybe_current_level() is not None
+
+
+def is_transformed() -> bool:
+    """So is one, or a level of forward-mode differentiation; a compiler's are its own affair."""
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or in_functional_transform()
+    )

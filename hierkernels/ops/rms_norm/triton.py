@@ -1,4 +1,4 @@
-"""Root-mean-square norm in Triton: a tile holds whole rows, so each tensor is read once."""
+"""RMS norm and layer norm in Triton: a tile holds whole rows, so each tensor is read once."""
 
 from __future__ import annotations
 
@@ -17,22 +17,18 @@ from hierkernels.triton_common.tiles import cdiv, power_of_2, rounded
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whether the kernels are interpreted is settled when this module is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
-UNSPECIALIZED = ["n_rows", "tokens", "n_tiles"]
 _ELEMENTS = 2048  # of a tile, of which a program holds up to four: 16 a thread, with 4 warps
-_MAX_TILE = 8192  # channels that a tile holds; longer rows are read twice
-_CHUNK = 2048  # channels of a tile of such rows
-# The gradient of the weight is summed in so many parts at most, which are then added in order.
+_MAX_CHANNELS = 8192
+# The gradients of weight and bias are summed in so many parts at most, which are added in order.
 _PARTS = 512
 
 
 @triton.jit
 def _places(
-    rows, c0, n_rows, tokens, shift, kept,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    rows, n_rows, tokens, shift, kept, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Of a tile [BLOCK_M, BLOCK_C]: its addresses, where they come from, whether that is there."""
-    c = c0 + tl.arange(0, BLOCK_C)
+    c = tl.arange(0, BLOCK_C)
     inside = (rows < n_rows)[:, None] & (c < C)[None, :]
     own = rows.to(tl.int64)[:, None] * C + c[None, :]
     delayed = (c >= kept)[None, :]
@@ -41,158 +37,123 @@ def _places(
     return own, source, inside, seen
 
 
-@triton.jit
-def _load_weight(ptr, c0, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    c = c0 + tl.arange(0, BLOCK_C)
-    return tl.load(ptr + c, mask=c < C, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def _rms_norm_sum_kernel(
-    x_ptr, weight_ptr, dout_ptr, sum_ptr, n_rows, tokens, shift, kept,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Of a long row the sum of squares, or of x weight dout if that is given; BLOCK_M is 1."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        own, source, inside, seen = _places(
-            rows, c0, n_rows, tokens, shift, kept, C, BLOCK_M, BLOCK_C
-        )
-        s = tl.load(x_ptr + source, mask=seen, other=0.0).to(tl.float32)
-        other = s
-        if dout_ptr is not None:
-            other = tl.load(dout_ptr + own, mask=inside, other=0.0).to(tl.float32)
-            other *= _load_weight(weight_ptr, c0, C, BLOCK_C)[None, :]
-        total += s * other
-    tl.store(sum_ptr + rows, tl.sum(total, axis=1), mask=rows < n_rows)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=["n_rows", "tokens"])
 def _rms_norm_forward_kernel(
-    x_ptr, weight_ptr, out_ptr, inverse_ptr, sum_ptr, n_rows, tokens, shift, kept, n_chunks,
-    floor, addend, scale,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, inverse_ptr, mean_ptr,
+    n_rows, tokens, shift, kept, floor, addend, scale, C: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, CENTRED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out of BLOCK_M rows, and what they are multiplied with; a chunk of them if sums are given."""
-    c0 = tl.program_id(0) % n_chunks * BLOCK_C
-    rows = tl.program_id(0) // n_chunks * BLOCK_M + tl.arange(0, BLOCK_M)
-    own, source, inside, seen = _places(rows, c0, n_rows, tokens, shift, kept, C, BLOCK_M, BLOCK_C)
+    """out of BLOCK_M rows, what they are multiplied with, and their means if CENTRED."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    own, source, inside, seen = _places(rows, n_rows, tokens, shift, kept, C, BLOCK_M, BLOCK_C)
     s = tl.load(x_ptr + source, mask=seen, other=0.0).to(tl.float32)
-    weight = _load_weight(weight_ptr, c0, C, BLOCK_C)
-    if sum_ptr is None:
-        squares = tl.sum(s * s, axis=1)
-    else:
-        squares = tl.load(sum_ptr + rows, mask=rows < n_rows, other=0.0)
-    length = tl.sqrt(squares + addend)
+    c = tl.arange(0, BLOCK_C)
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    if CENTRED:
+        mean = tl.sum(s, axis=1) / C
+        tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
+        s = tl.where((c < C)[None, :], s - mean[:, None], 0.0)
+    length = tl.sqrt(tl.sum(s * s, axis=1) + addend)
     # NaN stays NaN.
     inverse = 1.0 / tl.where(length < floor, floor, length)
-    # Of several chunks the first one stores.
-    tl.store(inverse_ptr + rows, inverse, mask=rows < tl.where(c0 == 0, n_rows, 0))
+    tl.store(inverse_ptr + rows, inverse, mask=rows < n_rows)
     out = s * (inverse * scale)[:, None] * weight[None, :]
+    if CENTRED:
+        out += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + own, rounded(out, out_ptr.dtype.element_ty, PRECISION), mask=inside)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=["n_rows", "tokens", "n_tiles"])
 def _rms_norm_backward_kernel(
-    x_ptr, weight_ptr, inverse_ptr, sum_ptr, dout_ptr, dx_ptr, parts_ptr,
-    n_rows, tokens, shift, kept, n_chunks, floor, scale, n_tiles,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, weight_ptr, inverse_ptr, mean_ptr, dout_ptr, dx_ptr, parts_ptr,
+    n_rows, tokens, shift, kept, floor, scale, n_tiles, C: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, CENTRED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx of n_tiles tiles of rows, and their part of dweight; of a chunk if sums are given."""
-    c0 = tl.program_id(0) % n_chunks * BLOCK_C
-    number = tl.program_id(0) // n_chunks
-    c = c0 + tl.arange(0, BLOCK_C)
-    weight = _load_weight(weight_ptr, c0, C, BLOCK_C)
+    """dx of n_tiles tiles of rows, and their part of dweight, then those of dbias if CENTRED."""
+    c = tl.arange(0, BLOCK_C)
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     part = tl.zeros((BLOCK_C,), tl.float32)
+    bias_part = tl.zeros((BLOCK_C,), tl.float32)
     for tile in range(n_tiles):
-        rows = (number * n_tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
-        own, source, inside, seen = _places(
-            rows, c0, n_rows, tokens, shift, kept, C, BLOCK_M, BLOCK_C
-        )
+        rows = (tl.program_id(0) * n_tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        own, source, inside, seen = _places(rows, n_rows, tokens, shift, kept, C, BLOCK_M, BLOCK_C)
         s = tl.load(x_ptr + source, mask=seen, other=0.0).to(tl.float32)
         grad = tl.load(dout_ptr + own, mask=inside, other=0.0).to(tl.float32)
         inverse = tl.load(inverse_ptr + rows, mask=rows < n_rows, other=0.0)
+        if CENTRED:
+            mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
+            s = tl.where((c < C)[None, :], s - mean[:, None], 0.0)
+            bias_part += tl.sum(grad, axis=0)
         factor = (inverse * scale)[:, None]
         part += tl.sum(grad * s * factor, axis=0)
         grad *= weight[None, :]
-        if sum_ptr is None:
-            along = tl.sum(grad * s, axis=1)
-        else:
-            along = tl.load(sum_ptr + rows, mask=rows < n_rows, other=0.0)
-        along *= inverse * inverse
+        along = tl.sum(grad * s, axis=1) * inverse * inverse
         # Below the floor the length has no effect.
         along = tl.where(inverse * floor >= 1.0, 0.0, along)
         dx = (grad - s * along[:, None]) * factor
+        if CENTRED:
+            # s has no mean, so what of the gradient goes with it is that of its first part.
+            dx -= (tl.sum(grad, axis=1) / C)[:, None] * factor
         tl.store(dx_ptr + source, rounded(dx, dx_ptr.dtype.element_ty, PRECISION), mask=seen)
         # What no later token reads.
         last = (rows % tokens >= tokens - shift)[:, None] & (c >= kept)[None, :]
         tl.store(dx_ptr + own, tl.zeros_like(dx).to(dx_ptr.dtype.element_ty), mask=inside & last)
-    tl.store(parts_ptr + number.to(tl.int64) * C + c, part, mask=c < C)
+    program = tl.program_id(0).to(tl.int64)
+    tl.store(parts_ptr + program * C + c, part, mask=c < C)
+    if CENTRED:
+        program += tl.num_programs(0)
+        tl.store(parts_ptr + program * C + c, bias_part, mask=c < C)
 
 
 # ---- launchers ----
 
 
-def _arguments(call: NormCall, target: Target) -> dict[str, Any]:
-    """What all kernels take."""
+def _arguments(
+    call: NormCall, target: Target, inverse: torch.Tensor, mean: torch.Tensor
+) -> dict[str, Any]:
+    """What both kernels take."""
     B, N, C = call.x.shape
     block_c = power_of_2(C)
-    if block_c > _MAX_TILE:
-        block_c = _CHUNK
     return {
         "x_ptr": call.x, "weight_ptr": call.weight, "n_rows": B * N, "tokens": N,
-        "shift": call.shift, "kept": call.kept, "C": C, "BLOCK_C": block_c,
-        "BLOCK_M": max(_ELEMENTS // block_c, 1), "PRECISION": target.precision,
-        "num_warps": 4 if block_c <= 4096 else 8, "num_stages": 1, "enable_fp_fusion": True,
+        "shift": call.shift, "kept": call.kept, "floor": call.floor, "scale": call.scale, "C": C,
+        "inverse_ptr": inverse, "mean_ptr": mean, "CENTRED": call.bias is not None,
+        "BLOCK_C": block_c, "BLOCK_M": max(_ELEMENTS // block_c, 1),
+        "PRECISION": target.precision, "num_warps": 4 if block_c <= 4096 else 8, "num_stages": 1,
+        "enable_fp_fusion": True,
     }  # fmt: skip
-
-
-def _sums(
-    call: NormCall, target: Target, dout: torch.Tensor | None
-) -> tuple[list[Launch], torch.Tensor | None]:
-    """(the launch that sums over long rows, what it fills), nothing for rows that a tile holds."""
-    arguments = _arguments(call, target)
-    if arguments["BLOCK_C"] >= arguments["C"]:
-        return [], None
-    sums = call.x.new_empty(arguments["n_rows"], dtype=torch.float32)
-    arguments |= {"dout_ptr": dout, "sum_ptr": sums}
-    programs = cdiv(arguments["n_rows"], arguments["BLOCK_M"])
-    return [Launch(_rms_norm_sum_kernel, programs, arguments)], sums
 
 
 def plan_forward(
-    call: NormCall, target: Target, out: torch.Tensor, inverse: torch.Tensor
-) -> list[Launch]:
-    """The launches that fill out and inverse; they are not empty."""
-    arguments = _arguments(call, target)
-    launches, sums = _sums(call, target, None)
-    chunks = cdiv(arguments["C"], arguments["BLOCK_C"])
-    arguments |= {
-        "out_ptr": out, "inverse_ptr": inverse, "sum_ptr": sums, "n_chunks": chunks,
-        "floor": call.floor, "addend": call.addend, "scale": call.scale,
-    }  # fmt: skip
-    programs = cdiv(arguments["n_rows"], arguments["BLOCK_M"]) * chunks
-    return [*launches, Launch(_rms_norm_forward_kernel, programs, arguments)]
+    call: NormCall,
+    target: Target,
+    out: torch.Tensor,
+    inverse: torch.Tensor,
+    mean: torch.Tensor,
+) -> Launch:
+    """The launch that fills out, inverse and, with a bias, mean; they are not empty."""
+    arguments = _arguments(call, target, inverse, mean) | {"out_ptr": out, "addend": call.addend}
+    arguments["bias_ptr"] = call.weight if call.bias is None else call.bias
+    programs = cdiv(arguments["n_rows"], arguments["BLOCK_M"])
+    return Launch(_rms_norm_forward_kernel, programs, arguments)
 
 
 def plan_backward(
-    call: NormCall, target: Target, inverse: torch.Tensor, dout: torch.Tensor, dx: torch.Tensor
-) -> tuple[list[Launch], torch.Tensor]:
-    """The launches that fill dx and the parts of dweight, and these (parts, C)."""
-    arguments = _arguments(call, target)
-    launches, sums = _sums(call, target, dout)
+    call: NormCall,
+    target: Target,
+    inverse: torch.Tensor,
+    mean: torch.Tensor,
+    dout: torch.Tensor,
+    dx: torch.Tensor,
+) -> tuple[Launch, torch.Tensor]:
+    """The launch that fills dx and the parts of dweight and dbias, and these (1 or 2, parts, C)."""
+    arguments = _arguments(call, target, inverse, mean)
     tiles = cdiv(arguments["n_rows"], arguments["BLOCK_M"])
     each = cdiv(tiles, _PARTS)
-    parts = inverse.new_empty(cdiv(tiles, each), call.x.shape[2])
-    chunks = cdiv(arguments["C"], arguments["BLOCK_C"])
-    arguments |= {
-        "inverse_ptr": inverse, "sum_ptr": sums, "dout_ptr": dout, "dx_ptr": dx,
-        "parts_ptr": parts, "n_tiles": each, "n_chunks": chunks, "floor": call.floor,
-        "scale": call.scale,
-    }  # fmt: skip
-    programs = len(parts) * chunks
-    return [*launches, Launch(_rms_norm_backward_kernel, programs, arguments)], parts
+    programs = cdiv(tiles, each)
+    parts = inverse.new_empty(len(call.parameters), programs, call.x.shape[2])
+    arguments |= {"dout_ptr": dout, "dx_ptr": dx, "parts_ptr": parts, "n_tiles": each}
+    return Launch(_rms_norm_backward_kernel, programs, arguments), parts
 
 
 # ---- the backend ----
@@ -203,32 +164,34 @@ def supports(call: NormCall) -> list[str]:
     reasons = device_reasons("x", call.x, INTERPRETED)
     if call.x.dtype not in _DTYPES:
         reasons.append(f"dtype {call.x.dtype} is not one of float32, bfloat16, float16")
-    B, N, C = call.x.shape
-    chunks = C // _CHUNK + 1
-    # The last program of the backward may count rows that are not there, up to B N / _PARTS.
-    if max(B * N * chunks, call.shift) >= 2**31 - 2**23 or C >= 2**31 - 2**16:
+    if call.x.shape[2] > _MAX_CHANNELS:
+        reasons.append(f"{call.x.shape[2]} channels, at most {_MAX_CHANNELS} fit a tile")
+    # The last program of the backward may count rows that are not there, a share of 1 / _PARTS.
+    if max(call.x.shape[0] * call.x.shape[1], call.shift) >= 2**31 - 2**23:
         reasons.append("sizes beyond 32 bits")
     return reasons
 
 
-def forward(call: NormCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, inverse)."""
-    out, inverse = call.new_outputs()
+def forward(call: NormCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, inverse, mean)."""
+    out, inverse, mean = call.new_outputs()
     if out.numel():
-        for launch in plan_forward(call, target_of(call.x, INTERPRETED), out, inverse):
-            launch.run()
-    return out, inverse
+        plan_forward(call, target_of(call.x, INTERPRETED), out, inverse, mean).run()
+    return out, inverse, mean
 
 
 def backward(
-    call: NormCall, inverse: torch.Tensor, dout: torch.Tensor, wanted: Sequence[bool]
+    call: NormCall,
+    inverse: torch.Tensor,
+    mean: torch.Tensor,
+    dout: torch.Tensor,
+    wanted: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of x and of weight; one pass makes both."""
+    """The gradients of x, of weight and of bias; one pass makes all."""
     dx = torch.empty_like(call.x)
     if not dx.numel():
-        return dx, torch.zeros_like(call.weight)
+        return dx, *(torch.zeros_like(p) for p in call.parameters)
     target = target_of(call.x, INTERPRETED)
-    launches, parts = plan_backward(call, target, inverse, dout.contiguous(), dx)
-    for launch in launches:
-        launch.run()
-    return dx, parts.sum(0).to(call.weight.dtype)
+    launch, parts = plan_backward(call, target, inverse, mean, dout.contiguous(), dx)
+    launch.run()
+    return dx, *parts.sum(1).to(call.weight.dtype).unbind()
