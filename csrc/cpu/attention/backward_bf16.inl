@@ -444,7 +444,7 @@ struct Task {
     const bf16 *q_n = m.q_n + row * f.steps * 32, *g_n = m.g_n + row * f.v_steps * 32;
     int begin[kTiles], end[kTiles];  // the strips that each tile of rows sees
     for (int t = 0; t < tiles; ++t) begin[t] = end[t] = 0;
-    if (f.modified) load_modifiers(row0 + row, n, j0, strips * 32);
+    if (f.modified) load_modifiers(row0, row, n, j0, strips * 32);
     for (int strip = 0; strip < strips; ++strip) {
       const int64_t key = j0 + strip * 32;
       // Both bounds rise with the row, so the tiles that see the strip are a range.
@@ -540,30 +540,35 @@ struct Task {
 
   // ---- modifiers ----
 
-  // What is added to the scores and what survives dropout, for rows [row, row + n) and keys [j0, j0 + width).
-  void load_modifiers(int64_t row, int n, int64_t j0, int width) const {
-    const int64_t keys = f.Nk - j0 < width ? f.Nk - j0 : width;
-    if (f.modifiers.additive && f.key_only) f.modifiers.additive_row(b, h * f.G, query(row), j0, keys, m.add);
+  // What is added to the scores and what survives dropout, for rows [row, row + n) of the segment at row0 and keys
+  // [j0, j0 + width).
+  void load_modifiers(int64_t row0, int row, int n, int64_t j0, int width) const {
+    const int64_t first = row0 + row, keys = f.Nk - j0 < width ? f.Nk - j0 : width;
+    if (f.modifiers.additive && f.key_only) f.modifiers.additive_row(b, h * f.G, query(first), j0, keys, m.add);
     const bool add = f.modifiers.additive && !f.key_only;
     for (int r = 0; r < n && (add || f.modifiers.dropout); r += 16) {
-      if (add) transpose_rows(row + r, width, m.add + r, [&](int64_t hq, int64_t i, float* to) {
-        f.modifiers.additive_row(b, hq, i, j0, keys, to);
+      // Only what one of the 16 rows sees is added to scores that count.
+      const int64_t lo = m.lo[row + r] - j0, hi = m.hi[row + r + 15] - j0;
+      const int from = static_cast<int>(lo < 0 ? 0 : lo / 16 * 16), to = static_cast<int>(hi < keys ? hi : keys);
+      if (add && from < to) transpose_rows(first + r, from, to, m.add + r, [&](int64_t hq, int64_t i, float* line) {
+        f.modifiers.additive_row(b, hq, i, j0 + from, to - from, line);
       });
-      if (f.modifiers.dropout) transpose_rows(row + r, width, m.keep + r, [&](int64_t hq, int64_t i, float* to) {
-        f.modifiers.keep_row(b, hq, i, j0, keys, to);
+      if (f.modifiers.dropout) transpose_rows(first + r, 0, width, m.keep + r, [&](int64_t hq, int64_t i, float* line) {
+        f.modifiers.keep_row(b, hq, i, j0, keys, line);
       });
     }
   }
 
+  // 16 rows of the keys [begin, end) to the columns of `to`; fill(head, query, the row from begin on).
   template <class Fill>
-  void transpose_rows(int64_t row, int width, float* to, Fill fill) const {
+  void transpose_rows(int64_t row, int begin, int end, float* to, Fill fill) const {
     for (int e = 0; e < 16; ++e) {
       const int64_t clipped = row + e < f.rows ? row + e : f.rows - 1;  // rows past the end weigh nothing
       fill(head(clipped), query(clipped), m.line + e * kScoreStride);
     }
-    for (int j = 0; j < width; j += 16) {
+    for (int j = begin; j < end; j += 16) {
       __m512i x[16];
-      for (int e = 0; e < 16; ++e) x[e] = _mm512_load_si512(m.line + e * kScoreStride + j);
+      for (int e = 0; e < 16; ++e) x[e] = _mm512_load_si512(m.line + e * kScoreStride + j - begin);
       transpose16(x);
       for (int e = 0; e < 16; ++e) _mm512_store_si512(to + (j + e) * kScoreStride, x[e]);
     }
@@ -578,7 +583,17 @@ struct Task {
         for (int e = 0; e < 16; ++e) x[half][e] = _mm512_load_si512(m.s + (half * 16 + e) * kScoreStride + r);
         transpose16(x[half]);
       }
-      for (int e = 0; e < 16 && row + r + e < f.rows; ++e) {
+      for (int e = 0; e < 16 && row + r + e < f.rows && dbias.contiguous(); ++e) {
+        const auto to = dbias.row(dbias_sums, b, head(row + r + e), query(row + r + e), key, keys);
+        const __mmask32 there = first_lanes32(to.end) & ~first_lanes32(to.begin);
+        for (int half = 0; half < 2; ++half) {
+          const __mmask16 mask = static_cast<__mmask16>(there >> 16 * half);
+          __m512 y = _mm512_castsi512_ps(x[half][e]);
+          if (!dbias.once()) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, to.at + 16 * half));
+          _mm512_mask_storeu_ps(to.at + 16 * half, mask, y);
+        }
+      }
+      for (int e = 0; e < 16 && row + r + e < f.rows && !dbias.contiguous(); ++e) {
         alignas(64) float line[32];
         _mm512_store_si512(line, x[0][e]);
         _mm512_store_si512(line + 16, x[1][e]);

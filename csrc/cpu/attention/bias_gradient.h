@@ -41,6 +41,20 @@ class BiasGradient {
     memset(to + hi, 0, static_cast<size_t>(n_keys_ - hi) * sizeof(F));
   }
 
+  // A row of sums whose elements are contiguous: those of the keys j0 .. j0 + n are at [0, n), of which [begin, end) are
+  // in the bias.
+  struct Row {
+    F* at;
+    int64_t begin, end;
+  };
+  bool contiguous() const { return t_.stride[3] != 0; }
+  bool once() const { return once_; }  // nothing is added to an element: it is stored
+  Row row(F* sums, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n) const {
+    F* to = sums + b * t_.stride[0] + h * t_.stride[1] + slots_.row(i) * t_.stride[2];
+    const int64_t column = slots_.column(i, j0);
+    return {to + column, slots_.begin(column), slots_.end(column, n)};
+  }
+
   // sums[b, h, i, j0 .. j0 + n) += row.
   void add_row(F* sums, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, const F* row) const {
     F* to = sums + b * t_.stride[0] + h * t_.stride[1] + slots_.row(i) * t_.stride[2];

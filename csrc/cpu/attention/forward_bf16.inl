@@ -180,18 +180,21 @@ struct Task {
       _mm512_store_ps(o + d, _mm512_mul_ps(shrink, _mm512_load_ps(o + d)));
   }
 
-  // Scaled scores with the bias (of type T; none if null) of the keys [at, ...), hidden where a byte of `a` or `b` is 0.
+  // Scaled scores with the bias (of type T; none if null), of which there are columns [begin, end), hidden where a byte of
+  // `a` or `b` is 0.
   template <class T>
-  void modify_direct(int n, float scale, const T* bias, const uint8_t* a, const uint8_t* b, int64_t keys, float* s) const {
+  void modify_direct(int n, float scale, const T* bias, int64_t begin, int64_t end, const uint8_t* a, const uint8_t* b,
+                     int64_t keys, float* s) const {
     const __m512 inner = _mm512_set1_ps(scale), log2e = _mm512_set1_ps(kLog2ef), hidden = _mm512_set1_ps(-INFINITY);
     for (int j = 0; j < n; j += 16) {
       const __mmask16 valid = first_lanes16(keys - j);
       __m512 x = _mm512_mul_ps(_mm512_load_ps(s + j), inner);
       if (bias) {
+        const __mmask16 there = first_lanes16(end - j) & ~first_lanes16(begin - j);
         if constexpr (sizeof(T) == 4)
-          x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(valid, bias + j), log2e, x);
+          x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, bias + j), log2e, x);
         else
-          x = _mm512_fmadd_ps(from_bf16(_mm256_maskz_loadu_epi16(valid, bias + j)), log2e, x);
+          x = _mm512_fmadd_ps(from_bf16(_mm256_maskz_loadu_epi16(there, bias + j)), log2e, x);
       }
       __mmask16 see = 0xffff;
       if (a) {
@@ -211,7 +214,7 @@ struct Task {
     const ScoreModifiers& mod = f.modifiers;
     const Tensor &bias = mod.bias, &mask = mod.mask, &padding = mod.padding;
     const bool wide = bias && bias.dtype == DType::kFloat32;
-    if (f.p.softcap != 0 || mod.slots || (bias && (bias.stride[3] != 1 || !(wide || bias.dtype == DType::kBFloat16))) ||
+    if (f.p.softcap != 0 || (bias && (bias.stride[3] != 1 || !(wide || bias.dtype == DType::kBFloat16))) ||
         (mask && mask.stride[3] != 1) || (padding && padding.stride[1] != 1))
       return false;
     const int64_t hq = head(r), i = query(r), key = j0 + from;
@@ -219,10 +222,14 @@ struct Task {
     const uint8_t* seen = mask ? mask.as<uint8_t>() + place(mask) : nullptr;
     const uint8_t* real = padding ? padding.as<uint8_t>() + b * padding.stride[0] + key : nullptr;
     const float scale = f.scale * kLog2ef;
+    // Keys without a slot are out of sight: any finite number will do.
+    const int64_t row = mod.slots.row(i), column = mod.slots.column(i, key), keys = f.Nk - key;
+    const int64_t at = b * bias.stride[0] + hq * bias.stride[1] + row * bias.stride[2] + column;
+    const int64_t begin = mod.slots.begin(column), end = mod.slots.end(column, keys);
     if (wide)
-      modify_direct(to - from, scale, bias.as<float>() + place(bias), seen, real, f.Nk - key, s + from);
+      modify_direct(to - from, scale, bias.as<float>() + at, begin, end, seen, real, keys, s + from);
     else
-      modify_direct(to - from, scale, bias ? bias.as<bf16>() + place(bias) : nullptr, seen, real, f.Nk - key, s + from);
+      modify_direct(to - from, scale, bias ? bias.as<bf16>() + at : nullptr, begin, end, seen, real, keys, s + from);
     return true;
   }
 

@@ -9,7 +9,8 @@
 //   rows_to_strips(lines, count, row, strips, size)    kGroup rows of `count` columns into strips
 //   rows_to_panel_strip(x, stride, rows, count, out)   the transpose of up to kStrip rows as one strip of `count` terms
 //   pack_weight(weight, h, transposed, block, out)     a block of the weight, 0 above the diagonal
-//   multiply(rows, panel, strip, terms, c, c_stride, update)    may store whole panels of rows
+//   multiply(rows, panel, strip, terms, c, c_stride, update, ahead)    may store whole panels of rows; may ask for
+//                what lies at `ahead`, a fourth of a strip of so many terms, while it multiplies
 //   Session      lives while a thread multiplies
 // The weight's gradient has rows of dmix as panels. An engine with kTiledGradient writes them where dmix is computed
 // (rows_to_tiles), the other packs them from strips (strips_to_panels).

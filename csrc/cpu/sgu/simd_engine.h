@@ -60,7 +60,7 @@ struct SimdEngine {
   }
 
   static HK_INLINE void multiply(int64_t rows, const F* panel, const F* strip, int64_t terms, F* c, int64_t c_stride,
-                                 Update update) {
+                                 Update update, const F* = nullptr) {
     HK_ISA::multiply<F, true>(static_cast<int>(rows), kVectors,
                               {panel, kPanel, strip, kStrip, terms, {c, c_stride, update}, nothing_to_ask(strip)});
   }
