@@ -83,7 +83,7 @@ def _local_rates() -> Iterator[Rate]:
         plain = LocalCase(
             "local", 1, 8, 8, 8192, 8192, 64, 64, is_causal=True, width=128, exact_window=exact
         )
-        name = f"local{', exact' if exact else ''}, bias of slots"
+        name = f"local{' exact' if exact else ''}, slot bias"
         yield Rate(replace(plain, name=name, bias="slots"), plain, GOAL_MODIFIERS)
 
 

@@ -117,9 +117,8 @@ class Mix {
                      Update update) const {
     constexpr int64_t R = Engine::kPanel;
     for (int64_t strip = 0; strip < n_strips; ++strip, x += strip_size()) {
-      // The strips of a head are too many for the second-level cache: each product asks for a part of the next one.
-      const E* next = x + (strip + 1 < n_strips ? strip_size() : 0) + g.first * Engine::kStrip;
-      const int64_t part = g.terms * Engine::kStrip / 4;
+      // The strips of a head are too many for the second-level cache: the first products ask for the next one.
+      const NextStrip<Engine> next(strip + 1 < n_strips ? x + strip_size() + g.first * Engine::kStrip : nullptr, g.terms);
       for (int64_t p = 0; p < g.rows; p += R) {
         const int64_t n = min_of(R, g.rows - p);
         int64_t begin = g.first, end = g.first + g.terms;
@@ -128,7 +127,7 @@ class Mix {
         if (begin >= end) continue;
         Engine::multiply(n, panels + p / R * Engine::panel_size() + (begin - g.first) * R, x + begin * Engine::kStrip,
                          end - begin, c + p * c_stride + strip * Engine::kStrip, c_stride, update,
-                         next + p / R % 4 * part);
+                         next.part(p / R));
         if (ahead) ahead->ask();
       }
     }

@@ -9,8 +9,8 @@
 //   rows_to_strips(lines, count, row, strips, size)    kGroup rows of `count` columns into strips
 //   rows_to_panel_strip(x, stride, rows, count, out)   the transpose of up to kStrip rows as one strip of `count` terms
 //   pack_weight(weight, h, transposed, block, out)     a block of the weight, 0 above the diagonal
-//   multiply(rows, panel, strip, terms, c, c_stride, update, ahead)    may store whole panels of rows; may ask for
-//                what lies at `ahead`, a fourth of a strip of so many terms, while it multiplies
+//   multiply(rows, panel, strip, terms, c, c_stride, update, ahead)    may store whole panels of rows; meanwhile it may
+//                ask for what lies at `ahead`, unless that is null: one of kAskParts parts of a strip of so many terms
 //   Session      lives while a thread multiplies
 // The weight's gradient has rows of dmix as panels. An engine with kTiledGradient writes them where dmix is computed
 // (rows_to_tiles), the other packs them from strips (strips_to_panels).
@@ -26,6 +26,20 @@ struct WeightBlock {
   int64_t row, rows, first, terms;
   int64_t column;  // of the weight: that of the bucket's first token
   bool own;        // terms and rows are of one bucket: only terms <= row are not 0 (transposed: terms >= row)
+};
+
+// The strip (from its first term on) that the products after these read; none if null.
+template <class Engine>
+class NextStrip {
+ public:
+  using E = typename Engine::Element;
+  NextStrip(const E* strip, int64_t terms) : strip_(strip), size_(terms * Engine::kStrip / Engine::kAskParts) {}
+  // What the n-th product asks for.
+  const E* part(int64_t n) const { return strip_ && n < Engine::kAskParts ? strip_ + n * size_ : nullptr; }
+
+ private:
+  const E* strip_;
+  int64_t size_;
 };
 
 }  // namespace
