@@ -16,7 +16,7 @@ struct SimdEngine {
   static constexpr int64_t kBlockRows = 192;  // a multiple of every kPanel
   static constexpr int64_t kStepTerms = 1024 / sizeof(F) < kBlockRows ? kBlockRows : 1024 / sizeof(F);
   static constexpr bool kTiledGradient = false;
-  static constexpr int64_t kAskParts = kStrip * sizeof(F) < 64 ? 1 : kStrip * sizeof(F) / 64;  // a line for each term
+  static constexpr int64_t kAskParts = 0;  // it gained nothing
   struct Session {
     Session() {}
   };
@@ -61,10 +61,9 @@ struct SimdEngine {
   }
 
   static HK_INLINE void multiply(int64_t rows, const F* panel, const F* strip, int64_t terms, F* c, int64_t c_stride,
-                                 Update update, const F* ahead) {
-    const Lines lines = ahead ? Lines{reinterpret_cast<const char*>(ahead), 64} : nothing_to_ask(strip);
+                                 Update update, const F*) {
     HK_ISA::multiply<F, true>(static_cast<int>(rows), kVectors,
-                              {panel, kPanel, strip, kStrip, terms, {c, c_stride, update}, lines});
+                              {panel, kPanel, strip, kStrip, terms, {c, c_stride, update}, nothing_to_ask(strip)});
   }
 
   // Rows row .. row + rows of strips as panels, terms first .. first + count.

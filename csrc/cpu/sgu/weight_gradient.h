@@ -89,7 +89,8 @@ class WeightGradient {
         if (!own && !before) continue;
         const int64_t token_strip = own && s_.look_back ? strip - half_ : strip;
         const E* y = (own ? gate : before) + token_strip * gate_strip_size() + first * S;
-        const NextStrip<Engine> next(i + 1 < g.strips ? y + gate_strip_size() : nullptr, count);
+        const bool goes_on = i + 1 < g.strips && !(s_.look_back && strip + 1 == half_);  // in the same bucket
+        const NextStrip<Engine> next(goes_on ? y + gate_strip_size() : nullptr, count);
         // Rows before the strip's first token see nothing of it.
         const int64_t unseen = own ? max_of(token_strip * S - g.row, 0) / Engine::kPanel : 0;
         for (int64_t p = unseen * Engine::kPanel; p < rows; p += Engine::kPanel) {
