@@ -118,7 +118,8 @@ class Mix {
     constexpr int64_t R = Engine::kPanel;
     for (int64_t strip = 0; strip < n_strips; ++strip, x += strip_size()) {
       // The strips of a head are too many for the second-level cache: the first products ask for the next one.
-      const NextStrip<Engine> next(strip + 1 < n_strips ? x + strip_size() + g.first * Engine::kStrip : nullptr, g.terms);
+      const E* follows = strip + 1 < n_strips ? x + strip_size() + g.first * Engine::kStrip : nullptr;
+      const NextStrip<Engine> next(follows, g.terms);
       for (int64_t p = 0; p < g.rows; p += R) {
         const int64_t n = min_of(R, g.rows - p);
         int64_t begin = g.first, end = g.first + g.terms;
