@@ -1,4 +1,4 @@
-"""Whether a call is plain eager work on CPU tensors, which PyTorch's dispatcher would only pass on.
+"""Whether a call is plain eager work, which PyTorch's dispatcher would only pass on.
 
 The dispatcher and the autograd wrapper of a Python operator take longer than a small kernel. A
 call that nothing in PyTorch watches may go to its backend directly.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     from torch._C import (
@@ -26,24 +27,46 @@ except ImportError:  # names that a PyTorch version may drop: then every call go
     _CAN_TELL = False
 
 
-def _plain_keys() -> tuple[DispatchKeySet, ...]:
-    """The dispatch keys of an ordinary CPU tensor, and of one made in inference mode."""
+def _plain_keys(device: str) -> tuple[DispatchKeySet, ...]:
+    """The dispatch keys of an ordinary tensor of a device, and of one made in inference mode."""
     if not _CAN_TELL:
         return ()
-    keys = [_dispatch_keys(torch.empty(0))]
+    with torch.inference_mode(False):
+        keys = [_dispatch_keys(torch.empty(0, device=device))]
     with torch.inference_mode():
-        keys.append(_dispatch_keys(torch.empty(0)))
+        keys.append(_dispatch_keys(torch.empty(0, device=device)))
     return tuple(keys)
 
 
-_PLAIN = _plain_keys()
+_PLAIN = {"cpu": _plain_keys("cpu")}  # those of GPUs when the first such tensor comes
+
+
+def _is_plain(t: torch.Tensor) -> bool:
+    """Nothing but an ordinary tensor of a CPU or a CUDA device."""
+    if not t.is_cuda:
+        return _dispatch_keys(t) in _PLAIN["cpu"]
+    if "cuda" not in _PLAIN:
+        if not torch.cuda.is_initialized():
+            return False  # fake
+        _PLAIN["cuda"] = _plain_keys("cuda")
+    return _dispatch_keys(t) in _PLAIN["cuda"]
+
+
+def are_plain(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Tensors with memory of their own, and no mode that makes others of them.
+
+    A profiler may watch, so this is for kernels that are no operator of PyTorch's.
+    """
+    if not _CAN_TELL or _len_torch_dispatch_stack() or maybe_current_level() is not None:
+        return False
+    return all([t is None or _is_plain(t) for t in tensors])
 
 
 def is_unwatched(tensors: Iterable[torch.Tensor | None]) -> bool:
     """No compiler, tracer, profiler, mode, transform or subclass would see an operator on these.
 
-    The dispatch keys tell a plain CPU tensor from subclasses, fake, batched, lazily negated, sparse
-    and all other special ones.
+    The dispatch keys tell a plain tensor from subclasses, fake, batched, lazily negated, sparse and
+    all other special ones.
     """
     if (
         not _CAN_TELL
@@ -51,9 +74,22 @@ def is_unwatched(tensors: Iterable[torch.Tensor | None]) -> bool:
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or maybe_current_level() is not None
+        or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
         or _profiler_enabled()
     ):
         return False
     # A list, not a generator: half the time.
-    return all([t is None or _dispatch_keys(t) in _PLAIN for t in tensors])
+    return all([t is None or _is_plain(t) for t in tensors])
+
+
+def in_functional_transform() -> bool:
+    """A transform of torch.func is active: grad, vmap, jvp and what is made of them."""
+    return _CAN_TELL and maybe_current_level() is not None
+
+
+def is_transformed() -> bool:
+    """So is one, or a level of forward-mode differentiation; a compiler's are its own affair."""
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or in_functional_transform()
+    )

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from hierkernels.key_range import KeyRange, Staircase
+from hierkernels.native import kernels_of
 from hierkernels.ops.attention import api, reference
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.attention.spec import Case, dtype_name
@@ -449,4 +450,24 @@ def case_ids(
         for case in cases
         for dtype in dtypes
         if dtype in case.dtypes
+    ]
+
+
+def level_ids(
+    op: str,
+    levels: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    names: Callable[[torch.dtype], Sequence[str]],
+) -> list[tuple[str, str, str, torch.dtype]]:
+    """(id, level, case, dtype) of the instruction sets below the best, which is the last one.
+
+    A level whose kernels for a dtype are those of the best is left out. `names`: the cases of a
+    dtype.
+    """
+    return [
+        (f"{op}-{level}-{dtype_name(dtype)}-{name}", level, name, dtype)
+        for level in levels[:-1]
+        for dtype in dtypes
+        if kernels_of(level, dtype) != kernels_of(levels[-1], dtype)
+        for name in names(dtype)
     ]

@@ -2,37 +2,80 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from hierkernels.triton_common.launch import Target
 
+# Bytes of shared memory that a program may have: what the configurations of a family keep to.
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+}
+
+
+@functools.cache
+def _device(index: int) -> tuple[str, tuple[int, int], int]:
+    """(name, capability, bytes of shared memory for a program) of a GPU; they never change."""
+    found = torch.cuda.get_device_properties(index)
+    capability = found.major, found.minor
+    default = SHARED_MEMORY[device_family(capability)]
+    return found.name, capability, getattr(found, "shared_memory_per_block_optin", default)
+
+
+@functools.cache
+def _gpu_reasons(index: int) -> tuple[str, ...]:
+    if torch.version.hip is not None:
+        return ("this PyTorch is for AMD devices, the configurations are not",)
+    name, capability, shared = _device(index)
+    if capability < (8, 0):
+        major, minor = capability
+        return (f"{name} has the compute capability {major}.{minor}, below 8.0",)
+    least = SHARED_MEMORY["sm_86"]
+    if shared < least:
+        return (f"{name} gives a program {shared} bytes of shared memory, {least} are needed",)
+    return ()
+
 
 def device_reasons(name: str, t: torch.Tensor, interpreted: bool) -> list[str]:
     """Why kernels cannot run on the device of t, an argument's name; empty if they can."""
+    if interpreted and t.is_cpu:
+        return []
     kind = t.device.type
-    if kind != "cuda" and not (kind == "cpu" and interpreted):
+    if kind != "cuda":
         return [
             f"{name} is on a {kind} device, the triton backend needs a GPU "
             "(or TRITON_INTERPRET=1, set before Triton is imported)"
         ]
-    if kind == "cuda" and not interpreted:
-        if torch.version.hip is not None:
-            return ["this PyTorch is for AMD devices, the configurations are not"]
-        if torch.cuda.get_device_capability(t.device) < (8, 0):
-            return ["the device has a compute capability below 8.0"]
-    return []
+    return [] if interpreted else list(_gpu_reasons(t.device.index))
 
 
-def device_family(capability: tuple[int, int] | None) -> str:
-    """The row of a configuration table; capability: 8.0 or more, None for the interpreter."""
+def device_family(capability: tuple[int, int] | None, shared: int | None = None) -> str:
+    """The row of a configuration table.
+
+    Args:
+        capability: 8.0 or more, None for the interpreter.
+        shared: bytes of shared memory that a program may have, if known: a device with less than
+            its family's takes the row of the smallest.
+    """
     if capability is None:
         return "interpreter"
     major, minor = capability
-    if major == 10:
-        return "sm_100"
-    if major == 9:
-        return "sm_90"
-    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
+    family = "sm_86"
+    if major in (9, 10):
+        family = f"sm_{major}0"
+    elif (major, minor) in ((8, 0), (8, 7)):
+        family = "sm_80"
+    return "sm_86" if shared is not None and shared < SHARED_MEMORY[family] else family
+
+
+@functools.cache
+def _gpu_target(index: int, precision: str) -> Target:
+    name, capability, shared = _device(index)
+    return Target(device_family(capability, shared), precision, name)
 
 
 def target_of(t: torch.Tensor, interpreted: bool) -> Target:
@@ -40,5 +83,4 @@ def target_of(t: torch.Tensor, interpreted: bool) -> Target:
     if interpreted:
         return Target(device_family(None), "emulated")
     exact = t.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    family = device_family(torch.cuda.get_device_capability(t.device))
-    return Target(family, "ieee" if exact else "tf32", torch.cuda.get_device_name(t.device))
+    return _gpu_target(t.device.index, "ieee" if exact else "tf32")

@@ -6,6 +6,10 @@ canonical form: the numerator of the division is never negative, so truncation i
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import triton
 import triton.language as tl
 
@@ -123,7 +127,8 @@ def fit_int32(stairs: Staircase, n_queries: int, n_keys: int) -> Staircase | Non
     return stairs._replace(floor=floor)
 
 
-def range_arguments(key_range: KeyRange, n_queries: int, n_keys: int) -> dict[str, int] | None:
+@functools.lru_cache(maxsize=1024)
+def range_arguments(key_range: KeyRange, n_queries: int, n_keys: int) -> Mapping[str, int] | None:
     """The kernel arguments lo_shift ... hi_floor, LO_STEP and HI_STEP; None if beyond 32 bits."""
     arguments: dict[str, int] = {}
     for name, stairs in zip(("lo", "hi"), key_range, strict=True):
@@ -133,4 +138,4 @@ def range_arguments(key_range: KeyRange, n_queries: int, n_keys: int) -> dict[st
         for part in ("shift", "rise", "offset", "floor"):
             arguments[f"{name}_{part}"] = getattr(fitted, part)
         arguments[f"{name.upper()}_STEP"] = fitted.step
-    return arguments
+    return MappingProxyType(arguments)  # remembered, and so not to be changed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import hierkernels as hk
 from hierkernels import KeyRange, Staircase
-from hierkernels.native import kernels_of, native, native_error
+from hierkernels.native import native, native_error
 from hierkernels.ops.attention import cpu, reference
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.attention.spec import ALL_DTYPES, CORRECTNESS, Case, dtype_name
@@ -27,6 +27,7 @@ from hierkernels.testing import (
     check_accuracy,
     compute,
     error,
+    level_ids,
     make_inputs,
     make_standard,
     poisoned_memory,
@@ -73,21 +74,14 @@ def _kernels(inputs: Inputs) -> Results:
         return compute(inputs, "cpu")
 
 
-def _level_ids() -> Iterator[tuple[str, str, str, torch.dtype]]:
-    """(id, level, case, dtype) of the instruction sets below the best one."""
-    for isa in ISAS[:-1]:
-        for dtype in ALL_DTYPES:
-            if kernels_of(isa, dtype) == kernels_of(ISAS[-1], dtype):
-                continue
-            for name in OTHER_LEVELS:
-                yield f"attention-{isa}-{dtype_name(dtype)}-{name}", isa, name, dtype
-
-
 _BEST = [
     pytest.param(case.name, dtype, id=f"attention-{ISAS[-1]}-{name}")
     for name, case, dtype in case_ids(CORRECTNESS, ALL_DTYPES)
 ]
-_LEVELS = [pytest.param(*values, id=name) for name, *values in _level_ids()]
+_LEVELS = [
+    pytest.param(*values, id=name)
+    for name, *values in level_ids("attention", ISAS, ALL_DTYPES, lambda dtype: OTHER_LEVELS)
+]
 
 
 @pytest.mark.parametrize("name, dtype", _BEST)

@@ -38,7 +38,8 @@ CASES = (
     _case("no-key", Nq=3, mask="q", mask_pattern="rows"),
     _case("leading-mask", mask="k", mask_pattern="leading"),
     _case("bias-dropout", H=2, Nq=2, bias="hqk", dropout_p=0.2),
-    _case("logits-x30", Nq=2, is_causal=True, gain=30.0),
+    _case("logits-x100", Nq=2, is_causal=True, gain=100.0),
+    _case("logits-x100-rows", Nq=40, is_causal=True, gain=100.0),
 )
 
 

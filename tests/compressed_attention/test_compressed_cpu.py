@@ -64,46 +64,6 @@ def test_visible_keys_are_those_of_the_words(backend: str, strict: bool, memory:
         assert math.isclose(lse[0, 0, i].exp(), memory + ended, abs_tol=1e-12), i
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_block_has_just_ended(backend: str) -> None:
-    """Positions l - 2, l - 1 and l: the first window of l tokens ends at l - 1."""
-    q, k, v = _tensors(32, 3)
-    for strict, first in ((False, 15), (True, 16)):
-        out, lse = hk.compressed_attention(
-            q, k, v, stride=8, first_end=15, strict=strict, return_lse=True, backend=backend
-        )
-        assert (out[:, :, :first] == 0).all() and (lse[:, :, :first] == -math.inf).all()
-        torch.testing.assert_close(out[:, :, first], v[:, :, 0].expand(1, 2, 8))
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("memory", [0, 1])
-def test_decoding_equals_the_parallel_result(backend: str, memory: int) -> None:
-    """One query at position p, with the windows that have ended by then, from the first step on."""
-    N, stride, first_end = 40, 4, 7
-    q, k, v = _tensors(N, memory + (N - 1 - first_end) // stride + 1)
-    options = {"stride": stride, "first_end": first_end, "num_memory": memory, "backend": backend}
-    parallel, lse = hk.compressed_attention(q, k, v, return_lse=True, **options)
-    for p in range(N):
-        keys = memory + max(0, (p - first_end) // stride + 1)
-        step, step_lse = hk.compressed_attention(
-            q[:, :, p : p + 1], k[:, :, :keys], v[:, :, :keys], query_offset=p, return_lse=True,
-            **options,
-        )  # fmt: skip
-        torch.testing.assert_close(step[:, :, 0], parallel[:, :, p], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(step_lse[:, :, 0], lse[:, :, p], rtol=1e-12, atol=1e-12)
-
-
-def test_the_future_changes_nothing() -> None:
-    q, k, v = (t.float() for t in _tensors(100, 12))
-    before = hk.compressed_attention(q, k, v, stride=8, first_end=7, backend="cpu")
-    k[:, :, 5:], v[:, :, 5:] = 1e4, -1e9
-    after = hk.compressed_attention(q, k, v, stride=8, first_end=7, backend="cpu")
-    first = 7 + 5 * 8
-    assert torch.equal(before[:, :, :first], after[:, :, :first])
-    assert not torch.isclose(before[:, :, first:], after[:, :, first:]).any()
-
-
 @pytest.mark.parametrize("memory", [0, 2])
 @pytest.mark.parametrize("strict", [False, True], ids=["inclusive", "strict"])
 def test_gradcheck(memory: int, strict: bool) -> None:

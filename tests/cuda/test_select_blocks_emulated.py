@@ -99,15 +99,6 @@ def test_scores_that_are_no_numbers(emulated_cuda: ModuleType) -> None:
         assert torch.equal(inputs.run("cuda"), inputs.run("reference"))
 
 
-@pytest.mark.parametrize("scoring", ["probability", "logit"])
-def test_future_tokens_change_nothing(emulated_cuda: ModuleType, scoring: str) -> None:
-    inputs = make_inputs(SelectCase("future", 1, 2, 1, 60, 16, 8, 4, 8, 3, scoring), F32)
-    k = inputs.k.clone()
-    k[:, :, 7:] = float("nan")  # windows that end at 35 and later
-    changed = replace(inputs, k=k).run("cuda")
-    assert torch.equal(changed[:, :, :35], inputs.run("cuda")[:, :, :35])
-
-
 def test_probabilities_of_the_chosen_blocks(emulated_cuda: ModuleType) -> None:
     """With their gradients, as the reference has them."""
     inputs = make_inputs(_BY_NAME["logit-g3"], F32)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from hierkernels import testing
-from hierkernels.native import kernels_of, native, native_error
+from hierkernels.native import native, native_error
 from hierkernels.ops.attention.spec import ALL_DTYPES, Case, dtype_name
 from hierkernels.ops.local_attention.spec import CORRECTNESS, LocalCase
 from hierkernels.ops.local_attention.testing import LocalInputs, make_inputs, make_standard
@@ -19,6 +19,7 @@ from hierkernels.testing import (
     case_ids,
     check_accuracy,
     compute,
+    level_ids,
     poisoned_memory,
 )
 
@@ -48,15 +49,10 @@ def _kernels(inputs: testing.Inputs, threads: int = 2) -> Results:
         return compute(inputs, "cpu")
 
 
-def _levels() -> Iterator:
-    for isa in ISAS[:-1]:
-        for dtype in ALL_DTYPES:
-            if kernels_of(isa, dtype) == kernels_of(ISAS[-1], dtype):
-                continue
-            for name in OTHER_LEVELS:
-                yield pytest.param(
-                    isa, name, dtype, id=f"local_attention-{isa}-{dtype_name(dtype)}-{name}"
-                )
+_LEVELS = [
+    pytest.param(*values, id=name)
+    for name, *values in level_ids("local_attention", ISAS, ALL_DTYPES, lambda dtype: OTHER_LEVELS)
+]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +67,7 @@ def test_accuracy(name: str, dtype: torch.dtype) -> None:
     check_accuracy(inputs, _kernels(inputs), standard)
 
 
-@pytest.mark.parametrize("isa, name, dtype", list(_levels()))
+@pytest.mark.parametrize("isa, name, dtype", _LEVELS)
 def test_accuracy_on_other_levels(
     isa: str, name: str, dtype: torch.dtype, set_isa: Callable[[str], None]
 ) -> None:

@@ -50,34 +50,12 @@ def call(inputs: Inputs, backend: str, **changes: Any) -> Tensor:
     return hk.native_sparse_attention(**arguments, backend=backend)
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 7, 8, 9])
-def test_around_the_first_windows(preset: str, length: int, backend: str) -> None:
-    """Positions l - 2, l - 1 and l; with the seed's padding d - 1 and d."""
-    inputs = make_inputs(case(preset, length), F64)
-    out = call(inputs, backend, **gates(inputs, 1, 0, 0))
-    first = 4 if preset == "seed" else 7  # the first that sees a compressed token, and only that
-    assert not out[:, :, :first].any()
-    if length > first:
-        one = inputs.v_cmp[:, :, 0].repeat_interleave(2, dim=1)
-        torch.testing.assert_close(out[:, :, first], one, rtol=0, atol=1e-14)
-    found = compute(inputs, backend)
-    assert all(t.isfinite().all() for t in found.values())
-
-
 def test_memory_tokens_alone(backend: str) -> None:
     """Fewer tokens than a window: the output of the compressed branch is the memory's."""
     inputs = make_inputs(case("seed", 3, M=1), F64)
     out = call(inputs, backend, **gates(inputs, 1, 0, 0))
     memory = inputs.v_cmp[:, :, :1].repeat_interleave(2, dim=1)
     torch.testing.assert_close(out, memory.expand_as(out), rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("N", [1, 15, 63, 65])
-def test_all_blocks_selected_is_dense_attention(preset: str, N: int, backend: str) -> None:
-    inputs = make_inputs(case(preset, N, n=max(-(-N // 8), 3)), F64)
-    out = call(inputs, backend, **gates(inputs, 0, 1, 0))
-    expected = hk.attention(inputs.q, inputs.k, inputs.v, is_causal=True, backend="reference")
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
 def test_both_ways_sees_the_own_block(backend: str) -> None:
@@ -111,97 +89,6 @@ def test_gates_add_the_branches_up(preset: str, backend: str) -> None:
         gate * part for gate, part in zip(inputs.gates[..., None, :].unbind(-1), parts, strict=True)
     )
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
-
-
-def test_every_query_selects_the_same_block(preset: str, backend: str) -> None:
-    """One block far above the others, beside those that are always there."""
-    inputs = make_inputs(case(preset, 64, n=4 if preset == "paper" else 1), F64)
-    k_cmp = torch.zeros_like(inputs.k_cmp)
-    k_cmp[:, :, 4:6] = 40.0  # block 2's windows, of the seed; most of them, of the paper
-    q_cmp = torch.ones_like(inputs.q)
-    inputs = Inputs(**{**vars(inputs), "k_cmp": k_cmp, "q_cmp": q_cmp})
-    out = call(inputs, backend, **gates(inputs, 0, 1, 0))
-    keys, i = torch.arange(64) // 8, torch.arange(24, 64)[:, None]
-    mask = (keys == 2) | (keys == i // 8)
-    if preset == "paper":
-        mask |= (keys == 0) | (keys == i // 8 - 1)
-        mask |= (keys == 1) & (i // 8 == 3)  # of the lowest index, where one is left over
-    mask &= torch.arange(64) <= i
-    expected = hk.attention(
-        inputs.q[:, :, 24:], inputs.k, inputs.v, attn_mask=mask, backend="reference"
-    )
-    rows = slice(24, None) if preset == "seed" else slice(40, None)
-    torch.testing.assert_close(
-        out[:, :, rows], expected[:, :, rows.start - 24 :], rtol=0, atol=1e-12
-    )
-    found = compute(inputs, backend)
-    assert all(t.isfinite().all() for t in found.values())
-
-
-def test_equal_keys_are_stable(preset: str, backend: str) -> None:
-    """All scores tie: the same blocks, the lowest, in every run."""
-    inputs = make_inputs(case(preset, 65), torch.float32)
-    inputs = Inputs(**{**vars(inputs), "k_cmp": torch.ones_like(inputs.k_cmp)})
-    first = call(inputs, backend)
-    for _ in range(20):
-        assert torch.equal(call(inputs, backend), first)
-    if preset == "seed":
-        out = call(inputs, backend, **gates(inputs, 0, 1, 0))
-        keys, i = torch.arange(65) // 8, torch.arange(65)[:, None]
-        mask = ((keys < 3) | (keys == i // 8)) & (torch.arange(65) <= i)
-        expected = hk.attention(inputs.q, inputs.k, inputs.v, attn_mask=mask, backend="reference")
-        torch.testing.assert_close(out, expected)
-
-
-def test_the_future_changes_nothing(preset: str, backend: str) -> None:
-    """Bit for bit."""
-    inputs = make_inputs(case(preset, 65, M=0 if preset == "paper" else 2), torch.float32)
-    out = call(inputs, backend)
-    for n in (1, 8, 33, 64):
-        changed = {}
-        for name in ("q", "k", "v", "q_cmp", "k_window", "v_window", "gates"):
-            t = getattr(inputs, name).clone()
-            t[:, :, n:] += 1.0
-            changed[name] = t
-        # Windows that end at position n or later hold a changed token.
-        whole = max(0, (n - 1 - inputs.case.first_end) // 4 + 1) + inputs.case.M
-        for name in ("k_cmp", "v_cmp"):
-            t = getattr(inputs, name).clone()
-            t[:, :, whole:] += 1.0
-            changed[name] = t
-        assert torch.equal(call(inputs, backend, **changed)[:, :, :n], out[:, :, :n])
-
-
-def test_token_by_token_equals_all_at_once(preset: str, backend: str) -> None:
-    inputs = make_inputs(case(preset, 41, M=0 if preset == "paper" else 1), F64)
-    out = call(inputs, backend)
-    for count in (1, 3):
-        for end in range(count, 42, count):
-            new, seen = slice(end - count, end), slice(0, end)
-            windows = max(0, (end - 1 - inputs.case.first_end) // 4 + 1) + inputs.case.M
-            got = call(
-                inputs,
-                backend,
-                q=inputs.q[:, :, new],
-                q_cmp=inputs.q_cmp[:, :, new],
-                gates=inputs.gates[:, :, new],
-                **{name: getattr(inputs, name)[:, :, seen] for name in ("k", "v")},
-                **{n: getattr(inputs, n)[:, :, seen] for n in ("k_window", "v_window")},
-                **{n: getattr(inputs, n)[:, :, :windows] for n in ("k_cmp", "v_cmp")},
-            )
-            torch.testing.assert_close(got, out[:, :, new], rtol=0, atol=1e-13)
-
-
-@pytest.mark.skipif(native() is None, reason="the compiled core is missing")
-def test_gradcheck(preset: str) -> None:
-    inputs = make_inputs(case(preset, 21, D=4, Dv=4, B=1), F64).requires_grad()
-    leaves = inputs.differentiable()
-
-    def f(*tensors: Tensor) -> Tensor:
-        names = [name[1:] for name in leaves]
-        return Inputs(**{**vars(inputs), **dict(zip(names, tensors, strict=True))}).run("cpu")
-
-    assert torch.autograd.gradcheck(f, tuple(leaves.values()))
 
 
 @pytest.mark.parametrize("name", ["gates", "q"])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from hierkernels.native import native, native_error
-from hierkernels.ops.attention.spec import ALL_DTYPES, dtype_name
+from hierkernels.ops.attention.spec import ALL_DTYPES
 from hierkernels.ops.select_blocks.spec import CORRECTNESS, SelectCase
 from hierkernels.ops.select_blocks.testing import check_selection, make_inputs
-from hierkernels.testing import case_ids, poisoned_memory, threads
+from hierkernels.testing import case_ids, level_ids, poisoned_memory, threads
 
 CORE = native()
 if CORE is None:
@@ -43,18 +43,15 @@ def test_selection(case: SelectCase, dtype: torch.dtype) -> None:
     _check(case, dtype)
 
 
-def _levels() -> Iterator:
-    for isa in ISAS[:-1]:
-        for dtype in ALL_DTYPES:
-            for name in OTHER_LEVELS:
-                yield pytest.param(
-                    isa, CASES[name], dtype, id=f"select_blocks-{isa}-{dtype_name(dtype)}-{name}"
-                )
+_LEVELS = [
+    pytest.param(*values, id=name)
+    for name, *values in level_ids("select_blocks", ISAS, ALL_DTYPES, lambda dtype: OTHER_LEVELS)
+]
 
 
-@pytest.mark.parametrize("isa, case, dtype", list(_levels()))
+@pytest.mark.parametrize("isa, name, dtype", _LEVELS)
 def test_selection_on_other_levels(
-    isa: str, case: SelectCase, dtype: torch.dtype, set_isa: Callable[[str], None]
+    isa: str, name: str, dtype: torch.dtype, set_isa: Callable[[str], None]
 ) -> None:
     set_isa(isa)
-    _check(case, dtype)
+    _check(CASES[name], dtype)

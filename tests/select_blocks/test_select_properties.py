@@ -30,26 +30,6 @@ def _scored(
     return lse, {**SIZES, "window_size": 16, "lse": lse, "backend": backend, **options}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scoring", ["probability", "logit"])
-def test_equal_keys_choose_the_lowest_blocks(backend: str, scoring: str) -> None:
-    """All scores of whole blocks are equal: the lower blocks first, 20 times alike."""
-    q = torch.randn(2, 4, 700, 24)
-    k = torch.randn(2, 2, 1, 24).expand(2, 2, 86, 24)
-    if scoring == "logit":
-        options = {**LOGIT, "backend": backend}
-    else:
-        _, options = _scored(q, k, backend)
-    first = hk.select_blocks(q, k, num_selected=3, **options)
-    if scoring == "logit":
-        expected = torch.arange(3, dtype=torch.int32)
-    else:  # block 0 lacks half a window before it, and the last may not be complete
-        expected = torch.tensor([1, 2, 3], dtype=torch.int32)
-    assert (first[:, :, 200:] == expected).all()
-    for _ in range(20):
-        assert torch.equal(hk.select_blocks(q, k, num_selected=3, **options), first)
-
-
 @pytest.mark.parametrize("name", ["n507", "logit-n507", "many-blocks"])
 def test_threads_and_runs_agree(name: str) -> None:
     inputs = make_inputs(CASES[name], torch.float32)
@@ -98,41 +78,6 @@ def test_values_that_are_no_numbers(backend: str, bad: float) -> None:
             chosen = hk.select_blocks(q2, k2, num_selected=2, **options | {"num_local": 0})
             assert not (chosen[:, :, 190:, 1:] == 4).any()
         assert (hk.select_blocks(q2, k2, num_selected=4, **options)[:, :, 190:, 0] == 0).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scoring", ["probability", "logit"])
-def test_decoding_equals_the_parallel_result(backend: str, scoring: str) -> None:
-    N = 90
-    q, k = torch.randn(2, 4, N, 8).double(), torch.randn(2, 2, 11, 8).double()
-    options = {**LOGIT, "backend": backend}
-    if scoring == "probability":
-        lse, options = _scored(q, k, backend, num_initial=1, num_local=2)
-    parallel = hk.select_blocks(q, k, num_selected=4, **options)
-    for p in range(N):
-        windows = max(0, (p - options["first_end"]) // 8 + 1)
-        if scoring == "probability":
-            options["lse"] = lse[:, :, p : p + 1]
-        one = hk.select_blocks(
-            q[:, :, p : p + 1], k[:, :, :windows], num_selected=4, query_offset=p, **options
-        )
-        assert torch.equal(one[:, :, 0], parallel[:, :, p]), p
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_future_changes_nothing(backend: str) -> None:
-    q, k = torch.randn(1, 2, 300, 8), torch.randn(1, 1, 36, 8)
-    _, options = _scored(q, k, backend)
-    before = hk.select_blocks(q, k, num_selected=4, **options)
-    logit = hk.select_blocks(q, k, num_selected=4, **LOGIT, backend=backend)
-    k2 = k.clone()
-    k2[:, :, 20:] = 1e4
-    first = 15 + 20 * 8
-    after = hk.select_blocks(q, k2, num_selected=4, **options)
-    assert torch.equal(after[:, :, :first], before[:, :, :first])
-    assert not torch.equal(after[:, :, first:], before[:, :, first:])
-    after = hk.select_blocks(q, k2, num_selected=4, **LOGIT, backend=backend)
-    assert torch.equal(after[:, :, : first - 8], logit[:, :, : first - 8])
 
 
 PROBABILITY_CASES = {

@@ -4,20 +4,28 @@ set there is."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from hierkernels.native import native, native_error
-from hierkernels.ops.selected_attention.spec import ALL_DTYPES, CORRECTNESS, dtype_name
+from hierkernels.ops.selected_attention.spec import ALL_DTYPES, CORRECTNESS
 from hierkernels.ops.selected_attention.testing import (
     Inputs,
     check_accuracy,
     make_inputs,
     make_standard,
 )
-from hierkernels.testing import Results, Standard, case_ids, compute, poisoned_memory, threads
+from hierkernels.testing import (
+    Results,
+    Standard,
+    case_ids,
+    compute,
+    level_ids,
+    poisoned_memory,
+    threads,
+)
 
 CORE = native()
 if CORE is None:
@@ -55,23 +63,19 @@ def _kernels(inputs: Inputs) -> Results:
         return compute(inputs, "cpu")
 
 
-def _level_ids() -> Iterator[tuple[str, str, str, torch.dtype]]:
-    """(id, level, case, dtype) of the instruction sets below the best one.
-
-    There the products know float32 and float64 alone; other types pass the conversions, which have
-    cases of their own.
-    """
-    for isa in ISAS[:-1]:
-        for dtype in ALL_DTYPES:
-            for name in OTHER_LEVELS if dtype == torch.float32 else CONVERSIONS:
-                yield f"selected_attention-{isa}-{dtype_name(dtype)}-{name}", isa, name, dtype
+def _names(dtype: torch.dtype) -> tuple[str, ...]:
+    """Below the best level products know float32 and float64 alone; others pass conversions."""
+    return OTHER_LEVELS if dtype == torch.float32 else CONVERSIONS
 
 
 _BEST = [
     pytest.param(case.name, dtype, id=f"selected_attention-{ISAS[-1]}-{name}")
     for name, case, dtype in case_ids(CORRECTNESS, ALL_DTYPES)
 ]
-_LEVELS = [pytest.param(*values, id=name) for name, *values in _level_ids()]
+_LEVELS = [
+    pytest.param(*values, id=name)
+    for name, *values in level_ids("selected_attention", ISAS, ALL_DTYPES, _names)
+]
 
 
 @pytest.mark.parametrize("name, dtype", _BEST)

@@ -69,16 +69,6 @@ def test_the_future_leaves_no_trace(
             assert later_lse[:, :, before:].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_block_is_dense_attention(backend: str) -> None:
-    for name in ("all", "all-own-g4"):
-        inputs = make_inputs(CASES[name], torch.float64)
-        expected = hk.attention(
-            inputs.q, inputs.k, inputs.v, is_causal=True, return_lse=True, backend=backend
-        )
-        torch.testing.assert_close(inputs.run(backend), expected, rtol=1e-11, atol=1e-11)
-
-
 @needs_core
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)

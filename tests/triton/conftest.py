@@ -8,6 +8,7 @@ time, and each test here reports what its worker found. With TRITON_INTERPRET=1 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +112,23 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if _workers in session.stash:
         session.stash[_workers].close()
+
+
+def _accept_arrays_of_one_number() -> None:
+    """Lets the interpreter of Triton 3.6 take a number from NumPy 2.4, which refuses int([1])."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any = None) -> None:
+        patch_tensor(*((tensor,) if scope is None else (tensor, scope)))
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
+if _INTERPRETED and importlib.util.find_spec("triton"):
+    _accept_arrays_of_one_number()
 
 
 @pytest.fixture(autouse=_INTERPRETED)

@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import hierkernels as hk
 from hierkernels.ops.select_blocks import triton as backend
 from hierkernels.ops.select_blocks.spec import CORRECTNESS, SelectCase
 from hierkernels.ops.select_blocks.testing import check_selection, make_inputs
@@ -51,58 +50,6 @@ def test_chosen_blocks(name: str, dtype: torch.dtype) -> None:
     with poisoned_memory():
         indices = inputs.run("triton")
     check_selection(inputs, indices)
-
-
-def test_the_paper_by_hand() -> None:
-    """l / d = 2, S / d = 4: block j takes the windows 4 j - 1 ... 4 j + 3, with weights 1 2 2 2 1.
-
-    One head, one query at the end; the probabilities are given, as exp of the products.
-    """
-    probabilities = torch.zeros(15)
-    probabilities[[3, 4, 7, 8, 9, 11]] = torch.tensor([0.3, 0.05, 0.25, 0.04, 0.06, 0.3])
-    # Block 0: 3 (once). 1: 3 (once), 4 (twice), 7 (once). 2: 7 (once), 8 and 9 (twice), 11 (once).
-    # 3: 11 (once). So 0.3, 0.65, 0.75, 0.3, and the tie goes to the lower block.
-    k = (probabilities + 1e-12).log()[None, None, :, None]
-    q, lse = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1)
-    options = {
-        "block_size": 4, "stride": 1, "window_size": 2, "first_end": 1, "query_offset": 15,
-        "lse": lse, "scale": 1.0, "backend": "triton",
-    }  # fmt: skip
-    for n, expected in ((1, [2]), (2, [1, 2]), (3, [0, 1, 2]), (5, [0, 1, 2, 3, -1])):
-        assert hk.select_blocks(q, k, num_selected=n, **options).tolist() == [[[expected]]]
-
-
-def test_ties_are_stable() -> None:
-    inputs = make_inputs(
-        SelectCase("stable", 1, 2, 1, 40, 16, 4, 4, 4, 5, ties=True), torch.float32
-    )
-    first = inputs.run("triton")
-    assert all(torch.equal(inputs.run("triton"), first) for _ in range(20))
-
-
-@pytest.mark.parametrize("scoring", ["probability", "logit"])
-def test_future_tokens_change_nothing(scoring: str) -> None:
-    case = SelectCase("future", 1, 2, 1, 60, 16, 8, 4, 8, 3, scoring)
-    inputs = make_inputs(case, torch.float32)
-    k = inputs.k.clone()
-    k[:, :, 7:] = float("nan")  # windows that end at 35 and later
-    changed = replace(inputs, k=k).run("triton")
-    assert torch.equal(changed[:, :, :35], inputs.run("triton")[:, :, :35])
-
-
-@pytest.mark.parametrize("scoring", ["probability", "logit"])
-def test_decoding_equals_the_parallel_result(scoring: str) -> None:
-    inputs = make_inputs(SelectCase("step", 1, 4, 2, 40, 16, 8, 4, 8, 3, scoring), torch.float32)
-    whole = inputs.run("triton")
-    for i in (0, 6, 7, 8, 25, 39):
-        lse = None if inputs.lse is None else inputs.lse[:, :, i : i + 1]
-        seen = max(0, (i - 7) // 4 + 1)
-        step = hk.select_blocks(
-            inputs.q[:, :, i : i + 1], inputs.k[:, :, :seen],
-            **{**inputs.options(), "lse": lse, "query_offset": i, "num_keys": i + 1},
-            backend="triton",
-        )  # fmt: skip
-        assert torch.equal(step, whole[:, :, i : i + 1])
 
 
 def test_scores_that_are_no_numbers() -> None:

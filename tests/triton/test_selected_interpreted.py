@@ -185,27 +185,6 @@ def test_results_are_bitwise_repeatable() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_future_tokens_leave_earlier_outputs_as_they_are() -> None:
-    inputs = make_inputs(_case("future", own=True, pattern="any"), F32)
-    k, v = inputs.k.clone(), inputs.v.clone()
-    k[:, :, 13:] += 1
-    v[:, :, 13:] = float("nan")
-    changed = _forward(inputs, k=k, v=v)
-    assert torch.equal(changed[:, :, :13], _forward(inputs)[:, :, :13])
-
-
-def test_decoding_equals_the_parallel_result() -> None:
-    inputs = make_inputs(_case("decode", N=11, own=True), F32)
-    whole = _forward(inputs)
-    for i in range(11):
-        rows, keys = slice(i, i + 1), slice(0, i + 1)
-        part = _forward(
-            inputs, q=inputs.q[:, :, rows], indices=inputs.indices[:, :, rows],
-            k=inputs.k[:, :, keys], v=inputs.v[:, :, keys],
-        )  # fmt: skip
-        assert torch.equal(part, whole[:, :, rows])
-
-
 @pytest.mark.slow
 def test_offsets_beyond_32_bits() -> None:
     """Tokens 2**26 elements apart: the offset of token 33 exceeds 2**31 (memory is not touched)."""

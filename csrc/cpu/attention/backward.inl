@@ -69,10 +69,13 @@ class Backward {
     const int at_once = tasks_at_once(units);
     const int64_t partial_dq = plan_.splits > 1 ? plan_.pairs() * plan_.splits * dq_size() : 0;
     const int64_t bias_copy = bias_size(), bias_copies = (plan_.chunks - 1) * bias_copy;
-    if (partial_dq + bias_copies > 0)
-      shared_ = reinterpret_cast<F*>(
-          thread_scratch(ScratchUse::kShared, static_cast<size_t>(partial_dq + bias_copies) * sizeof(F)));
+    const bool correct = !whole_ && storage_.native && any_large_lse(p_.lse.as<F>(), plan_.pairs() * blocks_.rows);
+    const int64_t corrections = correct ? plan_.pairs() * blocks_.rows : 0;
+    if (partial_dq + bias_copies + corrections > 0)
+      shared_ = reinterpret_cast<F*>(thread_scratch(
+          ScratchUse::kShared, static_cast<size_t>(partial_dq + bias_copies + corrections) * sizeof(F)));
     bias_copies_ = shared_ + partial_dq;
+    lse_corrections_ = correct ? bias_copies_ + bias_copies : nullptr;
 #pragma omp parallel
     {
       if (bias_copies > 0) {
@@ -80,12 +83,19 @@ class Backward {
         for (int64_t i = 0; i < bias_copies; ++i) bias_copies_[i] = F(0);
       }
       Work w(*this, thread_scratch(ScratchUse::kTask, layout_.total()));
+      if (correct) {
+        const int64_t blocks = blocks_.count();
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < plan_.pairs() * blocks; ++i) correct_lse(w, i / blocks, blocks - 1 - i % blocks);
+      }
 #pragma omp for schedule(dynamic, at_once)
       for (int64_t u = 0; u < units; ++u) {
         const int64_t family = u / plan_.chunks, chunk = u % plan_.chunks;
         F* dbias = chunk == 0 ? p_.dbias.as<F>() : bias_copies_ + (chunk - 1) * bias_copy;
-        for (int64_t m = plan_.first_member(chunk); m < plan_.first_member(chunk + 1); ++m)
+        for (int64_t m = plan_.first_member(chunk); m < plan_.first_member(chunk + 1); ++m) {
+          w.following = following(u, m);
           task(w, plan_.task(family, m), dbias);
+        }
       }
       if (plan_.splits > 1) add_partial_dq();
       stream_fence();
@@ -107,6 +117,7 @@ class Backward {
     TileModifiers<F> modifiers;
     GradientRows<F> rows;
     NextInputs next;
+    BackwardTask following{};
 
     Work(const Backward& f, char* scratch)
         : tile(*new (scratch + f.tile_at_) TileRows),
@@ -133,6 +144,13 @@ class Backward {
     const F* data;
     int64_t stride;
   };
+
+  // The task after member m of unit u; its batch entry does not exist if there is none.
+  BackwardTask following(int64_t u, int64_t m) const {
+    if (m + 1 < plan_.first_member(u % plan_.chunks + 1)) return plan_.task(u / plan_.chunks, m + 1);
+    if (++u == plan_.units()) return {p_.batch(), 0, 0};
+    return plan_.task(u / plan_.chunks, plan_.first_member(u % plan_.chunks));
+  }
 
   int64_t dq_size() const { return dq_rows_ * shape_.padded; }
   // The first row of a block in the ring.
@@ -183,33 +201,42 @@ class Backward {
     if (w.begun < end) w.begun = end;
   }
 
-  // lse + lse_low (base 2; +inf for a row that sees nothing) and delta of rows first .. first + n; if the tiles hold
-  // all keys, delta is -dlse alone.
-  void prepare_rows(const BackwardTask& t, int64_t first, int64_t n, F* lse, F* lse_low, F* delta) const {
+  // body(r, offset) for rows first .. first + n: where their numbers lie in lse and dlse.
+  template <class Body>
+  HK_INLINE void for_numbers(const BackwardTask& t, int64_t first, int64_t n, Body body) const {
     const int64_t group = p_.group(), queries = p_.n_queries();
-    const int64_t heads_at = (t.b * p_.heads() + t.kv_head * group) * queries;
-    const F* const dlse = p_.dlse ? p_.dlse.as<F>() + heads_at : nullptr;
+    const int64_t at = (t.b * p_.heads() + t.kv_head * group) * queries;
+    if (group == 1) {
+      for (int64_t r = 0; r < n; ++r) body(r, at + first + r);
+      return;
+    }
+    int64_t i = first / group, g = first % group;
+    for (int64_t r = 0; r < n; ++r) {
+      body(r, at + g * queries + i);
+      if (++g == group) {
+        g = 0;
+        ++i;
+      }
+    }
+  }
+
+  // delta of rows first .. first + n: the sum of P dP, less dlse; if the tiles hold all keys, -dlse alone.
+  void load_delta(const BackwardTask& t, int64_t first, int64_t n, F* delta) const {
     if (whole_) {
       memset(delta, 0, static_cast<size_t>(n) * sizeof(F));
     } else {
-      const Rows out = rows_of(p_.out, storage_, t.b, t.kv_head, group);
-      const Rows dout = rows_of(p_.dout, storage_, t.b, t.kv_head, group);
+      const Rows out = rows_of(p_.out, storage_, t.b, t.kv_head, p_.group());
+      const Rows dout = rows_of(p_.dout, storage_, t.b, t.kv_head, p_.group());
       storage_.dot(out, dout, first, static_cast<int>(n), shape_.dim_v, delta);
     }
-    const F* x = p_.lse.as<F>() + heads_at + first;
-    if (group == 1) {
-      for (int64_t r = 0; dlse && r < n; ++r) delta[r] -= dlse[first + r];
-    } else {
-      int64_t i = first / group, g = first % group;
-      for (int64_t r = 0; r < n; ++r) {
-        const int64_t at = g * queries + i;
-        lse[r] = p_.lse.as<F>()[heads_at + at];
-        if (dlse) delta[r] -= dlse[at];
-        if (++g == group) {
-          g = 0;
-          ++i;
-        }
-      }
+    if (p_.dlse) for_numbers(t, first, n, [&](int64_t r, int64_t at) { delta[r] -= p_.dlse.as<F>()[at]; });
+  }
+
+  // lse + lse_low of rows first .. first + n, base 2; +inf for a row that sees nothing.
+  void load_lse(const BackwardTask& t, int64_t first, int64_t n, F* lse, F* lse_low) const {
+    const F* x = p_.lse.as<F>() + (t.b * p_.heads() + t.kv_head) * p_.n_queries() + first;
+    if (p_.group() > 1) {
+      for_numbers(t, first, n, [&](int64_t r, int64_t at) { lse[r] = p_.lse.as<F>()[at]; });
       x = lse;
     }
     const F infinite = static_cast<F>(__builtin_inff());
@@ -222,11 +249,45 @@ class Backward {
     }
   }
 
+  // lse, lse_low and delta of rows first .. first + n, where the keys are several tiles.
+  void prepare_rows(const BackwardTask& t, int64_t first, int64_t n, F* lse, F* lse_low, F* delta) const {
+    load_lse(t, first, n, lse, lse_low);
+    load_delta(t, first, n, delta);
+    if (!lse_corrections_) return;
+    const F* lacks = lse_corrections_ + (t.b * p_.kv_heads() + t.kv_head) * blocks_.rows + first;
+    for (int64_t r = 0; r < n; ++r) lse_low[r] += lacks[r];
+  }
+
+  // What the log-sum-exps of a block of rows lack, to lse_corrections_.
+  void correct_lse(Work& w, int64_t pair, int64_t block) const {
+    const BackwardTask t{pair / p_.kv_heads(), pair % p_.kv_heads(), 0};
+    const int64_t first = blocks_.first(block), queries = p_.n_queries();
+    TileRows& tile = w.tile;
+    tile.set_rows(p_.range, first, blocks_.rows_of(block), p_.group(), p_.n_keys());
+    load_lse(t, first, tile.n, w.lse, w.lse_low);
+    const Rows q_rows = rows_of(p_.q, storage_, t.b, t.kv_head, p_.group());
+    const Rows k_rows = rows_of(p_.k, storage_, t.b, t.kv_head, 1);
+    const Operand q =
+        operand(q_in_place_, q_rows, q_rows.uniform_stride(queries), first, tile.n, shape_.dim, shape_.padded, w.q);
+    alignas(kVectorBytes) F sums[kTileRows] = {};
+    for (int64_t key = tile.keys_begin / kTileKeys * kTileKeys; key < tile.keys_end; key += kTileKeys) {
+      const int64_t left = p_.n_keys() - key;
+      tile.set_keys(key, left < kTileKeys ? static_cast<int>(left) : kTileKeys);
+      w.modifiers.set_tile(t.b, t.kv_head, tile);
+      storage_.transpose(k_rows, key, tile.n_keys, shape_.dim, score_factor<F>(p_), w.k_panels, shape_.panel);
+      multiply_scores(tile, q.data, q.stride, w.k_panels, shape_.panel, shape_.dim, w.scores, shape_.stride, w.next,
+                      [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
+      add_probabilities(tile, w.modifiers, w.lse, w.lse_low, w.scores, shape_.stride, sums);
+    }
+    for (int r = 0; r < tile.n; r += kWidth<F>) store(sums + r, lse_correction<F>(load(sums + r)));
+    memcpy(lse_corrections_ + pair * blocks_.rows + first, sums, static_cast<size_t>(tile.n) * sizeof(F));
+  }
+
   void key_tile(Work& w, const BackwardTask& t, int64_t index, F* dq, F* dbias) const {
     const int64_t key = index * kTileKeys, left = p_.n_keys() - key;
     const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
     const Rows k_rows = rows_of(p_.k, storage_, t.b, t.kv_head, 1), v_rows = rows_of(p_.v, storage_, t.b, t.kv_head, 1);
-    w.next.aim(p_, {&p_.k, &p_.v, &p_.q, &p_.dout}, t.b, t.kv_head);
+    w.next.aim_at(p_, {&p_.k, &p_.v, &p_.q, &p_.dout}, w.following.b, w.following.kv_head);
     storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k_panels, shape_.panel);
     storage_.transpose(v_rows, key, keys, shape_.dim_v, F(1), w.v_panels, shape_.panel);
     const Operand k = operand(k_in_place_, k_rows, k_rows.token_stride, key, keys, shape_.dim, shape_.padded, w.k);
@@ -282,7 +343,8 @@ class Backward {
     multiply_scores(tile, dout.data, dout.stride, w.v_panels, shape_.panel, shape_.dim_v, w.dp, stride,
                     w.next, [&](int r, int from, int to) { bias.prefetch(tile, r, from, to); });
     if (whole_) {
-      prepare_rows(t, first, tile.n, w.lse, w.lse_low, w.delta);
+      load_lse(t, first, tile.n, w.lse, w.lse_low);
+      load_delta(t, first, tile.n, w.delta);
       w.rows.lse = w.lse;
       w.rows.lse_low = w.lse_low;
       w.rows.delta = w.delta;
@@ -309,8 +371,10 @@ class Backward {
   TileBiasGradient<F> bias_gradient(const BackwardTask& t, F* dbias) const {
     const Tensor& g = p_.dbias;
     if (!g) return {};
-    F* data = dbias + t.b * g.stride[0] + t.kv_head * p_.group() * g.stride[1];
-    return {data, g.stride[1], g.stride[2], g.stride[3], BiasSlots::from(p_), p_.bias_of_pairs()};
+    const bool once = p_.bias_of_pairs();
+    const int64_t bytes = once ? g.element_bytes() : static_cast<int64_t>(sizeof(F));
+    char* data = reinterpret_cast<char*>(dbias) + (t.b * g.stride[0] + t.kv_head * p_.group() * g.stride[1]) * bytes;
+    return {data, g.stride[1], g.stride[2], g.stride[3], BiasSlots::from(p_), once, g.dtype, bytes};
   }
 
   Operand operand(bool in_place, const Rows& rows, int64_t stride, int64_t first, int n, int dim, int padded,
@@ -354,6 +418,7 @@ class Backward {
   BackwardPlan plan_;
   F* shared_ = nullptr;  // partial dQ, then copies of dbias
   F* bias_copies_ = nullptr;
+  F* lse_corrections_ = nullptr;  // of all rows, if there are any
   ScratchLayout layout_;
   size_t tile_at_, scores_at_, dp_at_, k_panels_at_, v_panels_at_, k_at_, q_at_, dout_at_, dk_at_, dv_at_, lse_at_, lse_low_at_,
       delta_at_, keep_at_, slope_at_, additive_at_, dq_at_;

@@ -8,6 +8,9 @@ namespace {
 
 struct [[maybe_unused]] ProductSession {};  // nothing to set up
 
+// Sixteen rows take as long each as more do.
+[[maybe_unused]] constexpr bool kNarrowStrips = true;
+
 // Eight rows x 16 CT columns in registers: sixteen sums hide the latency of their products. kAhead: lines from `ahead`
 // on are asked for, two in each step of 32 terms.
 template <int CT, bool kAhead = false>

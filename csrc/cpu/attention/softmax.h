@@ -35,6 +35,28 @@ HK_INLINE void split_lse(F lse, F& high, F& low) {
   low = static_cast<F>(x - Wide<F>(high));
 }
 
+// The rounding of a log-sum-exp is a factor in every P of its row, larger than that of eager PyTorch's softmax, which
+// divides by a sum, from here on. There the backward takes the sum of P first, and with it what the log-sum-exp lacks.
+// (Also where P is computed from other scores than the forward's: by another backend, whose products round differently.)
+constexpr double kLargeLse = 16;
+
+// Whether one of n log-sum-exps is so large that its rounding matters in F.
+template <class F>
+inline bool any_large_lse(const F* lse, int64_t n) {
+  const F large = static_cast<F>(kLargeLse), infinite = static_cast<F>(__builtin_inff());
+  bool any = false;
+  for (int64_t i = 0; i < n; ++i) {
+    const F x = lse[i] < F(0) ? -lse[i] : lse[i];
+    any |= (x > large) & (x < infinite);
+  }
+  return any;
+}
+// What corrects a log-sum-exp (base 2) that leaves the row's P with this sum.
+template <class F>
+HK_INLINE Vec<F> lse_correction(Vec<F> sum) {
+  return select(sum > F(0), log2(sum), zero<F>());
+}
+
 // The factor of q . k in the scores: with a soft cap the argument of tanh, else base-2 scores.
 template <class F>
 F score_factor(const AttentionParams& p) {
@@ -88,6 +110,8 @@ class TileModifiers {
       if (!modifiers_.same_for_heads) row += static_cast<int64_t>(tile.head[r]) * kMostTileKeys;
     } else {
       const int n = (end < tile.n_keys ? end : tile.n_keys) - begin;
+      if (!modifiers_.bias)
+        return modifiers_.hide_row(batch_, first_head_ + tile.head[r], tile.query[r], tile.key + begin, n, scores + begin);
       modifiers_.additive_row(batch_, first_head_ + tile.head[r], tile.query[r], tile.key + begin, n, rows_ + begin);
     }
     const F hidden = -static_cast<F>(__builtin_inff());

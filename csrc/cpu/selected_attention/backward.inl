@@ -41,6 +41,7 @@ class SelectedBackward {
     stride_ = round_up(keys_, W) + W;
     k_in_place_ = O::in_place(storage) && dim_ == padded_;
     plan(omp_get_max_threads());
+    has_large_lse_ = any_large_lse(p.lse.as<F>(), p.batch() * p.heads() * p.n_queries());
 
     const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
     const int64_t whole_keys = round_up(keys_, W);
@@ -62,7 +63,7 @@ class SelectedBackward {
     dv_at_ = part(chunks_ > 1 || splits_ > 1 ? 0 : whole_keys * padded_v_);
     sums_at_ = part(chunks_ > 1 && splits_ == 1 ? sums_size() : 0);
     const int64_t chunk_rows = chunk_ * p.group();
-    for (size_t* at : {&lse_at_, &lse_low_at_, &delta_at_}) *at = part(chunk_rows);
+    for (size_t* at : {&lse_at_, &lse_low_at_, &delta_at_, &p_sum_at_}) *at = part(round_up(chunk_rows, W));
     dq_at_ = part(storage.native ? 0 : chunk_rows * padded_);
     seen_at_ = layout_.add(static_cast<size_t>(p.blocks()) * sizeof(int32_t));
     begins_at_ = layout_.add(static_cast<size_t>(InverseIndex::begins_size(p)) * sizeof(int64_t));
@@ -94,7 +95,7 @@ class SelectedBackward {
   // What a thread works with.
   struct Work {
     GatheredRows<F>& rows;
-    F *scores, *dp, *dq_tile, *dk, *dv, *sums, *lse, *lse_low, *delta, *dq;
+    F *scores, *dp, *dq_tile, *dk, *dv, *sums, *lse, *lse_low, *delta, *p_sum, *dq;
     E *q, *dout, *k_tiles, *v_tiles, *k;
     E *zipped_q, *zipped_dout, *p_rows, *ds_rows, *ds_keys;  // pairs of rows, and of keys
     VisitWalker walker;
@@ -112,6 +113,7 @@ class SelectedBackward {
           lse(at<F>(scratch, f.lse_at_)),
           lse_low(at<F>(scratch, f.lse_low_at_)),
           delta(at<F>(scratch, f.delta_at_)),
+          p_sum(at<F>(scratch, f.p_sum_at_)),
           dq(at<F>(scratch, f.dq_at_)),
           q(at<E>(scratch, f.q_at_)),
           dout(at<E>(scratch, f.dout_at_)),
@@ -199,6 +201,7 @@ class SelectedBackward {
         if (x != -infinite) split_lse(x, w.lse[r], w.lse_low[r]);
         if (p_.dlse) w.delta[r] -= p_.dlse.as<F>()[from];
       }
+    if (storage_.native && has_large_lse_) correct_lse(w, queries * group);
     if (storage_.native) {
       const Rows dq = rows_of(p_.dq, storage_, w.b, w.kv_head, group);
       RowCursor cursor(dq, first * group);
@@ -212,6 +215,39 @@ class SelectedBackward {
         memset(p_.dweights.as<F>() + p_.dweights.stride[0] * w.b + p_.dweights.stride[1] * (w.kv_head * choices + c) +
                    p_.dweights.stride[2] * first,
                0, static_cast<size_t>(queries * p_.named()) * sizeof(F));
+  }
+
+  // What the log-sum-exps of a chunk lack (softmax.h), from the sums of P over all blocks that its rows visit.
+  void correct_lse(Work& w, int64_t rows) const {
+    clear(w.p_sum, 0, static_cast<int>(rows));
+    for (int64_t block = 0; block < p_.blocks(); ++block) {
+      const Visitor* const visitors = w.index.visitors(block);
+      const Visitor* const visitors_end = visitors + w.index.count(block);
+      const int64_t visits = w.index.count(block) * (p_.group() / p_.choices());
+      const int64_t begin = block * p_.block_size, left = p_.n_keys() - begin;
+      const int64_t end = begin + (left < p_.block_size ? left : p_.block_size);
+      for (int64_t key = begin; visits > 0 && key < end; key += keys_) {
+        const int keys = static_cast<int>(end - key < keys_ ? end - key : keys_);
+        make_key_tiles(w, key, keys);
+        for (int64_t r = 0; r < visits; r += kGatheredRows) {
+          const int n = static_cast<int>(visits - r < kGatheredRows ? visits - r : kGatheredRows);
+          gather(w, visitors, visitors_end, r, n, key, keys);
+          multiply_keys(w, n, keys);
+          add_probabilities(w.rows, n, w.scores, stride_);
+        }
+      }
+    }
+    for (int64_t r = 0; r < rows; r += W) store(w.lse_low + r, load(w.lse_low + r) + lse_correction<F>(load(w.p_sum + r)));
+  }
+
+  void make_key_tiles(Work& w, int64_t key, int keys) const {
+    O::make_tiles(storage_, rows_of(p_.k, storage_, w.b, w.kv_head, 1), key, keys, dim_,
+                  static_cast<F>(p_.scale * kLog2E), w.k_tiles);
+  }
+  // The scores of the gathered rows.
+  void multiply_keys(Work& w, int n, int keys) const {
+    multiply_block_keys<E>(n, w.q, O::row_stride(dim_), w.k_tiles, keys, dim_, static_cast<F>(p_.scale * kLog2E), w.scores,
+                           stride_);
   }
 
   // Keys [key, key + keys) of a block and all rows that visit it.
@@ -228,7 +264,7 @@ class SelectedBackward {
     if (rows > 0) {
       const Rows k_rows = rows_of(p_.k, storage_, w.b, w.kv_head, 1);
       const Rows v_rows = rows_of(p_.v, storage_, w.b, w.kv_head, 1);
-      O::make_tiles(storage_, k_rows, key, keys, dim_, static_cast<F>(p_.scale * kLog2E), w.k_tiles);
+      make_key_tiles(w, key, keys);
       O::make_tiles(storage_, v_rows, key, keys, dim_v_, F(1), w.v_tiles);
       const E* k = w.k;
       int64_t k_stride = padded_;
@@ -251,8 +287,7 @@ class SelectedBackward {
   void row_tile(Work& w, const Visitor* visitors, const Visitor* visitors_end, int64_t first, int n, int64_t key,
                 int keys, const E* k, int64_t k_stride, const Target<F>& dk, const Target<F>& dv) const {
     gather(w, visitors, visitors_end, first, n, key, keys);
-    const F factor = static_cast<F>(p_.scale * kLog2E);
-    multiply_block_keys<E>(n, w.q, O::row_stride(dim_), w.k_tiles, keys, dim_, factor, w.scores, stride_);
+    multiply_keys(w, n, keys);
     multiply_block_keys<E>(n, w.dout, O::row_stride(dim_v_), w.v_tiles, keys, dim_v_, F(1), w.dp, stride_);
     gradient_rows(w.rows, n, keys, p_.weights.data != nullptr, static_cast<F>(p_.scale), w.scores, w.dp, stride_);
     if constexpr (kPairs) {
@@ -341,6 +376,7 @@ class SelectedBackward {
         rows.lse[r] = w.lse[at];
         rows.lse_low[r] = w.lse_low[at];
         rows.delta[r] = w.delta[at];
+        rows.p_sum[r] = w.p_sum + at;
         rows.weight[r] = weight;
         rows.dweight[r] = dweight;
         rows.dq[r] = w.dq + at * padded_;
@@ -385,12 +421,12 @@ class SelectedBackward {
   int dim_, dim_v_, padded_, padded_v_;
   int keys_;        // of a tile, at most
   int64_t stride_;  // of rows of scores
-  bool k_in_place_;
+  bool k_in_place_, has_large_lse_;
   int64_t splits_, chunk_, chunks_;  // ranges; queries of a chunk at most; chunks of a range
   ScratchLayout layout_;
   size_t zipped_q_at_, zipped_dout_at_, p_rows_at_, ds_rows_at_, ds_keys_at_;
   size_t rows_at_, scores_at_, dp_at_, q_at_, dout_at_, dq_tile_at_, k_tiles_at_, v_tiles_at_, k_at_, dk_at_, dv_at_,
-      sums_at_, lse_at_, lse_low_at_, delta_at_, dq_at_, seen_at_, begins_at_, visitors_at_;
+      sums_at_, lse_at_, lse_low_at_, delta_at_, p_sum_at_, dq_at_, seen_at_, begins_at_, visitors_at_;
 };
 
 }  // namespace

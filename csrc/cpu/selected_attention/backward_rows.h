@@ -15,6 +15,7 @@ struct GatheredRows {
   int to[kGatheredRows];  // keys of the tile that the row sees: the first ones
   F lse[kGatheredRows], lse_low[kGatheredRows];  // base 2, the sum of both; +inf where the row sees nothing
   F delta[kGatheredRows];                        // sum of P dP, less dlse
+  F* p_sum[kGatheredRows];                       // where add_probabilities adds
   F weight[kGatheredRows];                       // of the block
   F* dweight[kGatheredRows];                     // where its gradient goes, or null
   F weight_sum[kGatheredRows];                   // what this tile adds to it
@@ -61,6 +62,22 @@ void gradient_rows(GatheredRows<F>& rows, int n, int keys, bool weighted, F scal
       store(dp + j, zeros);
     }
     rows.weight_sum[r] = reduce_add(weight_sum) * static_cast<F>(kLn2);
+  }
+}
+
+// *p_sum += what the P of each row, as gradient_rows computes it, adds up to.
+template <class F>
+void add_probabilities(const GatheredRows<F>& rows, int n, const F* scores, int64_t stride) {
+  constexpr int W = kWidth<F>;
+  for (int r = 0; r < n; ++r, scores += stride) {
+    const int to = rows.to[r];
+    const Vec<F> lse = set1(rows.lse[r]), low = set1(rows.lse_low[r]), weight = set1(rows.weight[r]);
+    Vec<F> sum = zero<F>();
+    for (int j = 0; j < to; j += W) {
+      const Vec<F> p = exp2(load(scores + j) * weight - lse - low);
+      sum += j + W <= to ? p : select(lanes_below<F>(to - j), p, zero<F>());
+    }
+    *rows.p_sum[r] += reduce_add(sum);
   }
 }
 

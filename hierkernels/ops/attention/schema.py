@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -84,14 +83,14 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
         dout = torch.zeros_like(out)
     # With create_graph the gradients need a graph, which the operator makes.
     direct = not torch.is_grad_enabled() and is_unwatched((*tensors, out, lse, dout, dlse))
-    backward = _backward if direct else torch.ops.hierkernels.attention_backward.default
+    backward = _backward if direct else _OPERATOR.backward
     dq, dk, dv, dbias = backward(
         *tensors, *ctx.numbers, out, lse, dout, dlse, ctx.needs_input_grad[3], ctx.backend
     )
     return dq, dk, dv, dbias if ctx.needs_input_grad[3] else None, *(None,) * 10
 
 
-_EAGER = register(
+_OPERATOR = register(
     "attention",
     (_forward, _fake_forward),
     (_backward, _fake_backward),
@@ -106,7 +105,7 @@ def attention_forward(call: AttentionCall, backend: str) -> tuple[torch.Tensor, 
     Raises NotImplementedError if `backend` is given and refuses.
     """
     tensors = call.q, call.k, call.v, call.bias, call.mask, call.padding, call.seed
-    run: Callable[..., Any] = torch.ops.hierkernels.attention_forward.default
+    run = _OPERATOR.forward
     if is_unwatched(tensors):
         needs_graph = torch.is_grad_enabled() and (
             call.q.requires_grad
@@ -116,5 +115,5 @@ def attention_forward(call: AttentionCall, backend: str) -> tuple[torch.Tensor, 
         )
         if not needs_graph:
             return _backend(call, backend).forward(call)
-        run = _EAGER
+        run = _OPERATOR.eager
     return run(*call.arguments(), backend)

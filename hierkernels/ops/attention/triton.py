@@ -28,6 +28,9 @@ def supports(call: AttentionCall) -> list[str]:
     rows = Nq * max(call.group, 1)
     if max(rows, Nk) >= 2**31 - 2**16 or range_arguments(call.key_range, Nq, Nk) is None:
         reasons.append("lengths or key range beyond 32 bits")
+    # Programs are numbered in 32 bits; tiles have 16 rows or keys at least.
+    if call.q.shape[0] * call.q.shape[1] * (max(rows, Nk) // 16 + 1) >= 2**31:
+        reasons.append("more than 2**31 programs")
     return reasons
 
 

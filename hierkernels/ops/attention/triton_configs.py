@@ -7,11 +7,13 @@ a user's step.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 from hierkernels.triton_common.configs import Config, channels_bucket, choose
 from hierkernels.triton_common.device import device_family as device_family
 from hierkernels.triton_common.launch import Target
+from hierkernels.triton_common.tiles import padded, power_of_2
 
 # (device, kernel, channels up to) -> configuration for 16-bit elements.
 # sm_80: an `if` round the mask makes dK/dV spill, so every tile is masked. sm_90, sm_100: "branch"
@@ -91,6 +93,23 @@ KERNELS = {
     "dbias": "attention_backward_dbias",
 }
 DEMANDS = ("slots", "pairs", "padded", "packed", "stepped", "grouped")
+
+
+@functools.lru_cache(maxsize=1024)
+def demands_of(
+    forms: frozenset[str], dropout: bool, channels: int, pack: int, group: int, step: int
+) -> frozenset[str]:
+    """Which of DEMANDS hold; forms: of the bias and the mask, step: the longest of the bounds."""
+    holds = {
+        "slots": "slots" in forms,
+        "pairs": bool(forms & {"full", "slots"}) or dropout,
+        "padded": channels != padded(channels),
+        "packed": pack > 1,
+        "stepped": step > 1,
+        "grouped": group > pack,
+    }
+    return frozenset(name for name in DEMANDS if holds[name])
+
 
 # float32 products run on the ordinary units: smaller tiles. The second stage of dq keeps what is
 # loaded out of registers.
@@ -177,15 +196,23 @@ def configuration(
     """
     if target.family == "interpreter":
         return INTERPRETER[kernel]
-    config = _heuristic(target.family, kernel, channels, element_size, demands)
-    rows = max(16, 1 << (n_rows - 1).bit_length())
+    rows = max(16, min(power_of_2(n_rows), 128))
+    bucket, config = _bucket(target.family, kernel, channels, element_size, rows, demands)
+    return choose(target, KERNELS[kernel], bucket, config)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bucket(
+    family: str, kernel: str, channels: int, element_size: int, rows: int, demands: frozenset[str]
+) -> tuple[str, Config]:
+    """(name of the bucket of shapes, heuristic); rows: a power of two, at most 128."""
+    config = _heuristic(family, kernel, channels, element_size, demands)
     if rows < config.block_m:
         # Rows are what the warps of dkv do not divide: its tile of keys stays as large.
         warps = config.num_warps if kernel == "dkv" else 4
         config = replace(config, block_m=rows, num_warps=warps)
-    bucket = f"{8 * element_size}-bit d{channels_bucket(channels)} rows{min(rows, 128)}"
-    names = [name for name in DEMANDS if name in demands]
-    return choose(target, KERNELS[kernel], " ".join((bucket, *names)), config)
+    bucket = f"{8 * element_size}-bit d{channels_bucket(channels)} rows{rows}"
+    return " ".join((bucket, *(name for name in DEMANDS if name in demands))), config
 
 
 def _heuristic(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 
 from hierkernels.ops.attention import triton_configs as configs
 from hierkernels.ops.attention.call import AttentionCall
@@ -22,7 +21,7 @@ from hierkernels.ops.attention.triton_forward import _attention_forward_kernel
 from hierkernels.triton_common.configs import Config
 from hierkernels.triton_common.key_range import range_arguments
 from hierkernels.triton_common.launch import Launch, Target
-from hierkernels.triton_common.tiles import LOG2E, padded, rows_stride
+from hierkernels.triton_common.tiles import LOG2E, cdiv, padded, rows_stride
 
 # Programs that keep a large device busy; fixed, so that results do not depend on the device.
 _BUSY = 512
@@ -94,34 +93,28 @@ def _channels(call: AttentionCall) -> int:
     return max(call.q.shape[-1], call.v.shape[-1])
 
 
-def _demands(call: AttentionCall, pack: int) -> dict[str, bool]:
+def _demands(call: AttentionCall, pack: int) -> frozenset[str]:
     """Which of triton_configs.DEMANDS hold."""
-    pairs, channels = {_bias_form(call, pack), _pair_form(call.mask, pack)}, _channels(call)
-    return {
-        "slots": "slots" in pairs,
-        "pairs": bool(pairs & {"full", "slots"}) or call.seed is not None,
-        "padded": channels != padded(channels),
-        "packed": pack > 1,
-        "stepped": max(bound.step for bound in call.key_range) > 1,
-        "grouped": call.group > pack,
-    }
+    forms = frozenset((_bias_form(call, pack), _pair_form(call.mask, pack)))
+    lo, hi = call.key_range
+    step = max(lo.step, hi.step)
+    return configs.demands_of(forms, call.seed is not None, _channels(call), pack, call.group, step)
 
 
 def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) -> Config:
-    demands = _demands(call, pack)
     return configs.configuration(
         target,
         kernel,
         channels=_channels(call),
         element_size=call.q.element_size(),
         n_rows=call.q.shape[2] * pack,
-        demands=frozenset(name for name, holds in demands.items() if holds),
+        demands=_demands(call, pack),
     )
 
 
 def _short(call: AttentionCall, target: Target, kernel: str, pack: int) -> Config:
     """The configuration where a tile holds several sequences."""
-    pairs, size = _demands(call, pack)["pairs"], call.q.element_size()
+    pairs, size = "pairs" in _demands(call, pack), call.q.element_size()
     return configs.short_configuration(target, kernel, _channels(call), size, pairs)
 
 
@@ -145,16 +138,16 @@ def _row_tiles(
 ) -> tuple[int, Config, dict[str, Any]]:
     """(programs, configuration, arguments) of a kernel that owns tiles of rows."""
     (B, H, Nq, _), (Hkv, Nk) = call.q.shape, call.k.shape[1:3]
-    items = B * Hkv
-    if is_short(call):
+    items, several = B * Hkv, is_short(call)
+    if several:
         config = _short(call, target, kernel, pack)
         of_slot = config.block_m // max(Nq * pack, Nk)
-        programs = triton.cdiv(items, of_slot)
+        programs = cdiv(items, of_slot)
     else:
         config, of_slot = _configuration(call, target, kernel, pack), 1
-        programs = triton.cdiv(Nq * pack, config.block_m) * (H // pack) * B
+        programs = cdiv(Nq * pack, config.block_m) * (H // pack) * B
     return programs, config, {
-        "n_items": items, "items_of_slot": of_slot, "SEVERAL": is_short(call), "PACK": pack,
+        "n_items": items, "items_of_slot": of_slot, "SEVERAL": several, "PACK": pack,
         "LOOP": config.loop, **_tiles(config),
     }  # fmt: skip
 
@@ -217,11 +210,11 @@ def _shared_bias_launch(
     config = (_short if several else _configuration)(call, target, "dbias", 1)
     if several:
         of_slot = config.block_m // max(Nq, columns)
-    programs = triton.cdiv(columns * of_slot, config.block_n) * Bb * Hb
+    programs = cdiv(columns * of_slot, config.block_n) * Bb * Hb
     if not several:
-        programs *= triton.cdiv(rows, config.block_m)
-    shares = B // Bb * (H // Hb) * (triton.cdiv(Nq, call.bias_width) if call.bias_width else 1)
-    slices = min(max(1, _BUSY // programs), triton.cdiv(shares, of_slot))
+        programs *= cdiv(rows, config.block_m)
+    shares = B // Bb * (H // Hb) * (cdiv(Nq, call.bias_width) if call.bias_width else 1)
+    slices = min(max(1, _BUSY // programs), cdiv(shares, of_slot))
     partial = torch.empty(slices * of_slot, *bias.shape, dtype=torch.float32, device=bias.device)
     launch = Launch(_attention_backward_dbias_kernel, programs * slices, {
         **arguments, "dbias_ptr": partial, "n_batches": B, "bias_batches": Bb, "bias_heads": Hb,
@@ -258,7 +251,7 @@ def plan_backward(
     slots, n_stats = B * (H // pack), Nq
     if not short:
         block_m = max(rows["BLOCK_M"], config.block_m)
-        n_stats = triton.cdiv(Nq * pack, block_m) * block_m
+        n_stats = cdiv(Nq * pack, block_m) * block_m
         programs = slots * (n_stats // rows["BLOCK_M"])
     level = delta = None
     if not short or form == "shared":
@@ -291,7 +284,7 @@ def plan_backward(
     })]  # fmt: skip
     if not short:
         launches.append(Launch(
-            _attention_backward_dkv_kernel, triton.cdiv(Nk, config.block_n) * Hkv * B, {
+            _attention_backward_dkv_kernel, cdiv(Nk, config.block_n) * Hkv * B, {
                 **both, "dbias_ptr": sums, "PACK": pack,
                 "DBIAS": "none" if sums is None else form, "LOOP": config.loop, **_tiles(config),
             }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -65,19 +64,17 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, _: Any) -> tuple:
         return (None,) * 9
     *tensors, z = ctx.saved_tensors
     if not ctx.keep:
-        _, z = torch.ops.hierkernels.causal_sgu_forward.default(
-            *tensors, ctx.window, ctx.activation, True, ctx.backend
-        )
+        _, z = _OPERATOR.forward(*tensors, ctx.window, ctx.activation, True, ctx.backend)
     wanted = list(ctx.needs_input_grad[:5])
     # With create_graph the gradients need a graph, which the operator makes.
     direct = not torch.is_grad_enabled() and is_unwatched((*tensors, z, dout))
-    backward = _backward if direct else torch.ops.hierkernels.causal_sgu_backward.default
+    backward = _backward if direct else _OPERATOR.backward
     grads = backward(*tensors, ctx.window, ctx.activation, z, dout, wanted, ctx.backend)
     rest = iter(grads)
     return *(next(rest) if want else None for want in wanted), *(None,) * 4
 
 
-_EAGER = register(
+_OPERATOR = register(
     "causal_sgu",
     (_forward, _fake_forward),
     (_backward, _fake_backward),
@@ -93,7 +90,7 @@ def causal_sgu_forward(call: SguCall, keep: bool, backend: str) -> torch.Tensor:
     and refuses.
     """
     tensors = (call.residual, call.gate, call.weight, call.bias, call.gate_residual)
-    run: Callable[..., Any] = torch.ops.hierkernels.causal_sgu_forward.default
+    run = _OPERATOR.forward
     if is_unwatched(tensors):
-        run = _EAGER if keep else _forward
+        run = _OPERATOR.eager if keep else _forward
     return run(*tensors, call.window, call.activation, keep, backend)[0]

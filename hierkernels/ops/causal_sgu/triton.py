@@ -9,8 +9,8 @@ import triton
 
 from hierkernels.ops.causal_sgu import triton_launch as plans
 from hierkernels.ops.causal_sgu.call import SguCall, fold_bias, new_like
-from hierkernels.triton_common.device import device_reasons
-from hierkernels.triton_common.launch import Launch, Target
+from hierkernels.triton_common.device import device_reasons, target_of
+from hierkernels.triton_common.launch import Launch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whether the kernels are interpreted is settled when their modules are imported.
@@ -27,13 +27,6 @@ def supports(call: SguCall) -> list[str]:
     return reasons
 
 
-def _target(call: SguCall) -> Target:
-    if INTERPRETED:
-        return Target("interpreter", "emulated")
-    exact = call.gate.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return Target("cuda", "ieee" if exact else "tf32")
-
-
 def _run(launches: list[Launch]) -> None:
     for launch in launches:
         launch.run()
@@ -43,7 +36,7 @@ def forward(call: SguCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, preactivation)."""
     out, z = call.new_outputs(keep)
     if out.numel():
-        _run(plans.plan_forward(call, _target(call), out, z if keep else None))
+        _run(plans.plan_forward(call, target_of(call.gate, INTERPRETED), out, z if keep else None))
     return out, z
 
 
@@ -56,7 +49,7 @@ def backward(
         return tuple(
             new_like(t).zero_() if want else None for t, want in zip(tensors, wanted, strict=True)
         )
-    target = _target(call)
+    target = target_of(call.gate, INTERPRETED)
     B, N, _ = call.gate.shape
     dresidual = new_like(call.residual) if wanted[0] else None
     dmix = new_like(call.gate)

@@ -14,6 +14,10 @@ import triton.language as tl
 from hierkernels.triton_common.activation import activate, slope
 from hierkernels.triton_common.tiles import dot, rounded
 
+# Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
+# Not `size` and `dim`, which tell how many neighbours of a row are loaded or masked together.
+UNSPECIALIZED = ["batch", "n_tokens", "n_buckets", "heads", "width", "items_of_split"]
+
 
 @triton.jit
 def _tile_of_program(n_rows, n_buckets, batch, dim, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -45,7 +49,7 @@ def _as(w, dtype: tl.constexpr, PRECISION: tl.constexpr):
         return rounded(w, dtype, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _causal_sgu_forward_kernel(
     residual_ptr,
     gate_ptr,
@@ -104,7 +108,8 @@ def _causal_sgu_forward_kernel(
         x = _load_activations(gate_ptr, stride_gate, first, k, n_rows, channels, dim)
         acc = dot(_as(w, x.dtype, PRECISION), x, acc, PRECISION)
 
-    bias = tl.load(bias_ptr + h * stride_bias[0] + rows * stride_bias[1], mask=rows < n_rows)
+    bias_at = bias_ptr + h * stride_bias[0] + rows.to(tl.int64) * stride_bias[1]
+    bias = tl.load(bias_at, mask=rows < n_rows, other=0.0)
     z = acc + bias.to(tl.float32)[:, None]
     if gate_residual_ptr is not None:
         gate_residual_ptr += b * stride_gate_residual[0] + h * dim
@@ -124,7 +129,7 @@ def _causal_sgu_forward_kernel(
     tl.store(out_ptr + at, rounded(out, out_ptr.dtype.element_ty, PRECISION), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _causal_sgu_backward_mix_kernel(
     residual_ptr,
     z_ptr,
@@ -176,7 +181,7 @@ def _causal_sgu_backward_mix_kernel(
         tl.store(sums_ptr + to, total, mask=tokens < n_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _causal_sgu_backward_gate_kernel(
     weight_ptr,
     dmix_ptr,
@@ -232,7 +237,7 @@ def _causal_sgu_backward_gate_kernel(
     tl.store(dgate_ptr + at, rounded(acc, dgate_ptr.dtype.element_ty, PRECISION), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _causal_sgu_backward_weight_kernel(
     gate_ptr,
     dmix_ptr,

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 
 from hierkernels.ops.causal_sgu.call import SguCall
 from hierkernels.ops.causal_sgu.triton_kernels import (
@@ -20,6 +19,7 @@ from hierkernels.ops.causal_sgu.triton_kernels import (
 )
 from hierkernels.triton_common.configs import Config, choose
 from hierkernels.triton_common.launch import Launch, Target
+from hierkernels.triton_common.tiles import cdiv, power_of_2
 
 # Programs that keep a large device busy; fixed, so that results do not depend on the device.
 _BUSY = 512
@@ -58,8 +58,8 @@ def _tiles(kernel: str, target: Target, element_size: int, rows: int, channels: 
         return _INTERPRETER[kernel]
     t = (_SINGLE if element_size == 4 else _HALF)[kernel]
     odd = kernel == "forward" and bool(channels % 16)  # its addresses take more registers
-    most_m = max(16, triton.next_power_of_2(rows))
-    most_n = max(16, triton.next_power_of_2(channels if kernel != "weight" else rows))
+    most_m = max(16, power_of_2(rows))
+    most_n = max(16, power_of_2(channels if kernel != "weight" else rows))
     m, n = min(64 if odd else t.block_m, most_m), min(t.block_n, most_n)
     warps = t.num_warps if 2 * m * n >= t.block_m * t.block_n else 4
     t = replace(t, block_m=m, block_n=n, num_warps=warps)
@@ -81,7 +81,7 @@ class Shape:
         self.dim = channels // call.heads
         self.look_back = 0 < call.window < self.tokens
         self.size = call.window if self.look_back else self.tokens
-        self.buckets = triton.cdiv(self.tokens, self.size)
+        self.buckets = cdiv(self.tokens, self.size)
 
     def arguments(self, call: SguCall, target: Target) -> dict[str, Any]:
         """The arguments that the kernels with the weight take."""
@@ -93,8 +93,8 @@ class Shape:
 
     def programs(self, call: SguCall, tiles: Config) -> int:
         """Tiles of rows and channels."""
-        of_head = self.batch * self.buckets * triton.cdiv(self.size, tiles.block_m)
-        return call.heads * of_head * triton.cdiv(self.dim, tiles.block_n)
+        of_head = self.batch * self.buckets * cdiv(self.size, tiles.block_m)
+        return call.heads * of_head * cdiv(self.dim, tiles.block_n)
 
 
 def plan_forward(
@@ -127,7 +127,7 @@ def plan_mix(
 ) -> list[Launch]:
     """dresidual and dmix (contiguous), and the sums of dmix (B, N, H)."""
     shape = Shape(call)
-    block_m, block_c = 16, min(64, max(16, triton.next_power_of_2(shape.dim)))
+    block_m, block_c = 16, min(64, max(16, power_of_2(shape.dim)))
     arguments = {
         "residual_ptr": call.residual, "z_ptr": z, "dout_ptr": dout, "dresidual_ptr": dresidual,
         "dmix_ptr": dmix, "sums_ptr": sums, "stride_residual": _strides(call.residual),
@@ -136,7 +136,7 @@ def plan_mix(
         "ACTIVATION": call.activation, "BLOCK_M": block_m, "BLOCK_C": block_c,
         "PRECISION": target.precision, **Config(block_m, block_c, 4, 1).compiler_options(),
     }  # fmt: skip
-    programs = shape.batch * triton.cdiv(shape.tokens, block_m) * call.heads
+    programs = shape.batch * cdiv(shape.tokens, block_m) * call.heads
     return [Launch(_causal_sgu_backward_mix_kernel, programs, arguments)]
 
 
@@ -166,10 +166,10 @@ def plan_weight(
     H, rows, columns = call.weight.shape
     tiles = _tiles("weight", target, call.gate.element_size(), shape.size, shape.dim)
     halves = 2 if call.window else 1
-    programs = H * triton.cdiv(rows, tiles.block_m) * triton.cdiv(rows, tiles.block_n) * halves
+    programs = H * cdiv(rows, tiles.block_m) * cdiv(rows, tiles.block_n) * halves
     items = shape.batch * shape.buckets
-    of_split = triton.cdiv(items, max(1, min(items, _BUSY // programs)))
-    splits = triton.cdiv(items, of_split)
+    of_split = cdiv(items, max(1, min(items, _BUSY // programs)))
+    splits = cdiv(items, of_split)
     dtype = call.weight.dtype if splits == 1 else torch.float32
     partial = call.weight.new_empty((splits, H, rows, columns), dtype=dtype)
     arguments = shape.arguments(call, target) | {

@@ -10,9 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from hierkernels.eager import is_unwatched
+from hierkernels.eager import are_plain, is_transformed, is_unwatched
 from hierkernels.native import native
 from hierkernels.ops.native_sparse_attention import cpu_gated_sum
 from hierkernels.ops.native_sparse_attention.branches import Branches
@@ -36,9 +35,11 @@ class _GatedSum(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gates, *parts = ctx.saved_tensors
+        if torch.is_grad_enabled():  # with create_graph the gradients need a graph
+            dgates = torch.stack([(grad * part).sum(-1) for part in parts], -1)
+            return None, dgates, *(grad * gate for gate in gates.unsqueeze(-2).unbind(-1))
         if ctx.kernels is not None:
             return None, *ctx.kernels.backward(gates, tuple(parts), grad)
         product, dgates = torch.empty_like(parts[0]), torch.empty_like(gates)
@@ -48,29 +49,34 @@ class _GatedSum(torch.autograd.Function):
         return None, dgates, grad * a, grad * b, torch.mul(grad, c, out=product)
 
 
-def _triton(t: torch.Tensor, backend: str | None) -> ModuleType | None:
-    """Triton's kernels, where they are asked for, and on GPUs if nothing is."""
-    if backend != "triton" and (backend is not None or not t.is_cuda):
-        return None
+def _triton(tensors: tuple[torch.Tensor, ...], backend: str | None) -> ModuleType | None:
+    """Triton's kernels, where they are asked for, and on GPUs that they support.
+
+    Raises NotImplementedError, with reasons, if they are asked for and refuse.
+    """
     try:
         from hierkernels.ops.native_sparse_attention import triton_gated_sum
     except ImportError:
         return None
-    return triton_gated_sum if backend or t.dtype in triton_gated_sum.DTYPES else None
+    reasons = triton_gated_sum.reasons(tensors[1])
+    if reasons and backend == "triton":
+        raise NotImplementedError("gated sum: backend 'triton' refuses: " + "; ".join(reasons))
+    return None if reasons else triton_gated_sum
 
 
 def _kernels(tensors: tuple[torch.Tensor, ...], backend: str | None) -> ModuleType | None:
     """The kernels that compute it; None: PyTorch's operations do."""
-    if tensors[0].is_cuda or backend == "triton":
-        return _triton(tensors[1], backend)
-    is_plain = native() is not None and is_unwatched(tensors)
+    if backend == "triton" or (backend is None and tensors[0].is_cuda):
+        return _triton(tensors, backend) if are_plain(tensors) else None
+    is_plain = not tensors[0].is_cuda and native() is not None and is_unwatched(tensors)
     return cpu_gated_sum if is_plain and tensors[1].dtype in cpu_gated_sum.DTYPES else None
 
 
 def gated_sum(gates: torch.Tensor, parts: Branches, backend: str | None) -> torch.Tensor:
     """The sum over s of gates[..., s] parts[s]: gates (B, H, N, 3), parts (B, H, N, D)."""
     gates = gates.to(parts[0].dtype)
-    if torch.compiler.is_compiling():  # which fuses the passes itself
+    # A compiler fuses the passes itself; transforms take PyTorch's operations apart.
+    if torch.compiler.is_compiling() or is_transformed():
         a, b, c = gates.unsqueeze(-2).unbind(-1)
         return parts[0] * a + parts[1] * b + parts[2] * c
     return _GatedSum.apply(_kernels((gates, *parts), backend), gates, *parts)

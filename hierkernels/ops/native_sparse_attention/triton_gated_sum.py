@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 
 from hierkernels.ops.attention.call import unit_stride
-from hierkernels.triton_common.device import target_of
+from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.launch import Launch, Target
 from hierkernels.triton_common.tiles import (
+    cdiv,
     load_rows,
     padded,
+    power_of_2,
     rounded,
     row_offsets,
     rows_stride,
@@ -28,6 +30,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Elements of a tile, of which a program holds up to five: 16 a thread, with 4 warps.
 _ELEMENTS = 2048
+# Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
+UNSPECIALIZED = ["n_rows", "n_tiles"]
 
 
 @triton.jit
@@ -46,7 +50,7 @@ def _load_gate(ptr, batch, rows, n_rows, stride, index: tl.constexpr, HEADS: tl.
     return tl.load(ptrs, mask=rows < n_rows, other=0.0).to(tl.float32)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _native_sparse_attention_sum_forward_kernel(
     gates_ptr, first_ptr, second_ptr, third_ptr, out_ptr,
     stride_gates, stride_first, stride_second, stride_third, stride_out,
@@ -85,7 +89,7 @@ def _differentiate_part(
     tl.store(ptrs, rounded(dgate, dgates_ptr.dtype.element_ty, PRECISION), mask=rows < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _native_sparse_attention_sum_backward_kernel(
     gates_ptr, first_ptr, second_ptr, third_ptr, grad_ptr,
     dgates_ptr, dfirst_ptr, dsecond_ptr, dthird_ptr,
@@ -121,8 +125,8 @@ def _arguments(out: torch.Tensor, target: Target) -> tuple[int, dict[str, Any]]:
     """(programs, what both kernels take)."""
     B, H, N, D = out.shape
     block_d = padded(D)
-    block_m = min(max(_ELEMENTS // block_d, 1), triton.next_power_of_2(N * H))
-    tiles = triton.cdiv(N * H, block_m)
+    block_m = min(max(_ELEMENTS // block_d, 1), power_of_2(N * H))
+    tiles = cdiv(N * H, block_m)
     return B * tiles, {
         "n_rows": N * H, "n_tiles": tiles, "HEADS": H, "D": D, "BLOCK_D": block_d,
         "BLOCK_M": block_m, "PRECISION": target.precision, "num_warps": 4, "num_stages": 1,
@@ -168,6 +172,17 @@ def plan_backward(
     named |= {f"d{name}": t for name, t in zip(_PARTS, dparts, strict=True)}
     arguments |= _tensors(gates, "dgates", named)
     return Launch(_native_sparse_attention_sum_backward_kernel, programs, arguments)
+
+
+def reasons(part: torch.Tensor) -> list[str]:
+    """Why the kernels cannot compute the sum of such branches (B, H, N, D); empty if they can."""
+    found = device_reasons("the branches", part, INTERPRETED)
+    if part.dtype not in DTYPES:
+        found.append(f"dtype {part.dtype} is not one of float32, bfloat16, float16")
+    B, H, N, _ = part.shape
+    if B * H * N >= 2**31 - 2**16:
+        found.append("sizes beyond 32 bits")
+    return found
 
 
 def forward(gates: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -60,13 +59,13 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, _: Any) -> tuple:
     wanted = list(ctx.needs_input_grad[:2])
     # With create_graph the gradients need a graph, which the operator makes.
     direct = not torch.is_grad_enabled() and is_unwatched((x, weight, inverse, dout))
-    backward = _backward if direct else torch.ops.hierkernels.rms_norm_backward.default
+    backward = _backward if direct else _OPERATOR.backward
     call = (x, weight, ctx.eps, ctx.eps_is_added, ctx.shift, ctx.dtype)
     rest = iter(backward(*call, inverse, dout, wanted, ctx.backend))
     return *(next(rest) if want else None for want in wanted), *(None,) * 5
 
 
-_EAGER = register(
+_OPERATOR = register(
     "rms_norm",
     (_forward, _fake_forward),
     (_backward, _fake_backward),
@@ -78,7 +77,7 @@ _EAGER = register(
 def rms_norm_forward(call: NormCall, backend: str) -> torch.Tensor:
     """out: the operator, or its implementation where nobody sees the difference."""
     tensors = (call.x, call.weight)
-    run: Callable[..., Any] = torch.ops.hierkernels.rms_norm_forward.default
+    run = _OPERATOR.forward
     if is_unwatched(tensors):
-        run = _EAGER if torch.is_grad_enabled() else _forward
+        run = _OPERATOR.eager if torch.is_grad_enabled() else _forward
     return run(*tensors, call.eps, call.eps_is_added, call.shift, call.dtype, backend)[0]

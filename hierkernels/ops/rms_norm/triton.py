@@ -12,7 +12,7 @@ import triton.language as tl
 from hierkernels.ops.rms_norm.call import NormCall
 from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.launch import Launch, Target
-from hierkernels.triton_common.tiles import rounded
+from hierkernels.triton_common.tiles import cdiv, power_of_2, rounded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whether the kernels are interpreted is settled when this module is imported.
@@ -37,7 +37,7 @@ def _places(
     return own, source, inside, seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "tokens"])
 def _rms_norm_forward_kernel(
     x_ptr, weight_ptr, out_ptr, inverse_ptr, n_rows, tokens, shift, kept, floor, addend, scale,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
@@ -56,7 +56,7 @@ def _rms_norm_forward_kernel(
     tl.store(out_ptr + own, rounded(out, out_ptr.dtype.element_ty, PRECISION), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "tokens", "n_tiles"])
 def _rms_norm_backward_kernel(
     x_ptr, weight_ptr, inverse_ptr, dout_ptr, dx_ptr, parts_ptr,
     n_rows, tokens, shift, kept, floor, scale, n_tiles,
@@ -92,12 +92,13 @@ def _rms_norm_backward_kernel(
 def _arguments(call: NormCall, target: Target) -> dict[str, Any]:
     """What both kernels take."""
     B, N, C = call.x.shape
-    block_c = triton.next_power_of_2(C)
+    block_c = power_of_2(C)
     return {
         "x_ptr": call.x, "weight_ptr": call.weight, "n_rows": B * N, "tokens": N,
         "shift": call.shift, "kept": call.kept, "floor": call.floor, "scale": call.scale, "C": C,
         "BLOCK_C": block_c, "BLOCK_M": max(_ELEMENTS // block_c, 1),
         "PRECISION": target.precision, "num_warps": 4 if block_c <= 4096 else 8, "num_stages": 1,
+        "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def plan_forward(
     """The launch that fills out and inverse; they are not empty."""
     arguments = _arguments(call, target) | {"out_ptr": out, "inverse_ptr": inverse}
     arguments["addend"] = call.addend
-    programs = triton.cdiv(arguments["n_rows"], arguments["BLOCK_M"])
+    programs = cdiv(arguments["n_rows"], arguments["BLOCK_M"])
     return Launch(_rms_norm_forward_kernel, programs, arguments)
 
 
@@ -116,9 +117,9 @@ def plan_backward(
 ) -> tuple[Launch, torch.Tensor]:
     """The launch that fills dx and the parts of dweight, and these (parts, C)."""
     arguments = _arguments(call, target)
-    tiles = triton.cdiv(arguments["n_rows"], arguments["BLOCK_M"])
-    each = triton.cdiv(tiles, _PARTS)
-    programs = triton.cdiv(tiles, each)
+    tiles = cdiv(arguments["n_rows"], arguments["BLOCK_M"])
+    each = cdiv(tiles, _PARTS)
+    programs = cdiv(tiles, each)
     parts = inverse.new_empty(programs, call.x.shape[2])
     arguments |= {
         "inverse_ptr": inverse, "dout_ptr": dout, "dx_ptr": dx, "parts_ptr": parts, "n_tiles": each,

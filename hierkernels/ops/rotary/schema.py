@@ -8,7 +8,7 @@ import torch
 
 from hierkernels import dispatch
 from hierkernels.eager import is_unwatched
-from hierkernels.library import LIBRARY
+from hierkernels.library import LIBRARY, compute_one_by_one, differentiable, register_autograd
 from hierkernels.ops.attention.call import unit_stride
 from hierkernels.ops.rotary.call import RotaryCall
 
@@ -39,8 +39,12 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake(
     "hierkernels::rotary", lambda *args: RotaryCall(*args[:4]).new_output(), lib=LIBRARY
 )
-torch.library.register_autograd(
-    "hierkernels::rotary", _differentiate, setup_context=_setup_context, lib=LIBRARY
+register_autograd("rotary", "rotary", _differentiate, _setup_context)
+
+
+compute_one_by_one("rotary")
+_watched = differentiable(
+    "rotary", torch.ops.hierkernels.rotary.default, _setup_context, _differentiate
 )
 
 
@@ -57,7 +61,7 @@ class _Eager(torch.autograd.Function):
 
 def rotary(call: RotaryCall, backend: str) -> torch.Tensor:
     """out: the operator, or its implementation where nobody sees the difference."""
-    run: Any = torch.ops.hierkernels.rotary.default
+    run: Any = _watched
     if is_unwatched((call.x, call.cos, call.sin)):
         run = _Eager.apply if torch.is_grad_enabled() and call.x.requires_grad else _forward
     return run(call.x, call.cos, call.sin, call.transposed, backend)

@@ -9,7 +9,7 @@ import triton.language as tl
 from hierkernels.ops.rotary.call import RotaryCall
 from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.launch import Launch, Target
-from hierkernels.triton_common.tiles import rounded
+from hierkernels.triton_common.tiles import cdiv, power_of_2, rounded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whether the kernels are interpreted is settled when this module is imported.
@@ -17,7 +17,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ELEMENTS = 2048  # of a tile, of which a program holds six: 16 a thread, with 4 warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_tiles", "heads"])
 def _rotary_kernel(
     x_ptr, cos_ptr, sin_ptr, out_ptr, stride_x, stride_out, n_rows, n_tiles, heads, sign,
     HALF: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
@@ -44,15 +44,15 @@ def _rotary_kernel(
 def plan(call: RotaryCall, target: Target, out: torch.Tensor) -> Launch:
     """The launch that fills out; it is not empty."""
     B, H, N, D = call.x.shape
-    block_c = triton.next_power_of_2(D // 2)
-    block_m = min(max(_ELEMENTS // block_c, 1), triton.next_power_of_2(N * H))
-    tiles = triton.cdiv(N * H, block_m)
+    block_c = power_of_2(D // 2)
+    block_m = min(max(_ELEMENTS // block_c, 1), power_of_2(N * H))
+    tiles = cdiv(N * H, block_m)
     arguments = {
         "x_ptr": call.x, "cos_ptr": call.cos, "sin_ptr": call.sin, "out_ptr": out,
         "stride_x": call.x.stride()[:3], "stride_out": out.stride()[:3], "n_rows": N * H,
         "n_tiles": tiles, "heads": H, "sign": -1.0 if call.transposed else 1.0, "HALF": D // 2,
         "BLOCK_C": block_c, "BLOCK_M": block_m, "PRECISION": target.precision, "num_warps": 4,
-        "num_stages": 1,
+        "num_stages": 1, "enable_fp_fusion": True,
     }  # fmt: skip
     return Launch(_rotary_kernel, B * tiles, arguments)
 

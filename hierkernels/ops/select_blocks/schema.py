@@ -9,7 +9,7 @@ import torch
 
 from hierkernels import dispatch
 from hierkernels.eager import is_unwatched
-from hierkernels.library import LIBRARY
+from hierkernels.library import LIBRARY, compute_one_by_one
 from hierkernels.ops.select_blocks.call import SelectCall
 
 LIBRARY.define(
@@ -37,6 +37,7 @@ def _fake_forward(*args: Any) -> torch.Tensor:
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("select_blocks", _forward, _key)
 torch.library.register_fake("hierkernels::select_blocks", _fake_forward, lib=LIBRARY)
+compute_one_by_one("select_blocks")
 
 
 def select_blocks(call: SelectCall, backend: str) -> torch.Tensor:

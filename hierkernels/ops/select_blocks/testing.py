@@ -77,7 +77,7 @@ def make_inputs(
     q, k = (_lay_out(t.to(dtype).to(device), case.layout) for t in (q, k))
     if case.scoring == "probability":
         if lse is None:
-            lse = _log_sum_exp(case, q, k).to(precise)
+            lse = log_sum_exp(case, q, k).to(precise)
         return Inputs(case, q, k, lse.to(device))
     return Inputs(case, q, k, None)
 
@@ -112,7 +112,7 @@ def _lay_out(t: torch.Tensor, layout: str) -> torch.Tensor:
     raise ValueError(f"unknown layout {layout!r}")
 
 
-def _log_sum_exp(case: SelectCase, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def log_sum_exp(case: SelectCase, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """lse of compressed attention in float64."""
     q, k = q.double(), k.double()
     call = compressed.make_call(

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 
 from hierkernels.key_range import KeyRange
 from hierkernels.ops.select_blocks.call import LEAST_PROBABILITY, NO_BLOCK_LOGIT, SelectCall
@@ -20,7 +19,7 @@ from hierkernels.ops.select_blocks.triton_kernels import (
 from hierkernels.triton_common.configs import Config, channels_bucket, choose
 from hierkernels.triton_common.key_range import range_arguments
 from hierkernels.triton_common.launch import Launch, Target
-from hierkernels.triton_common.tiles import LOG2E, padded, rows_stride
+from hierkernels.triton_common.tiles import LOG2E, cdiv, padded, power_of_2, rows_stride
 
 # (kernel, bytes of an element, channels up to): block_m queries by block_n blocks; what compiles
 # without spills, but for logits of more than 128 channels, and within 99 KiB of shared memory
@@ -50,7 +49,7 @@ def _configuration(call: SelectCall, target: Target, kernel: str, top: int) -> C
     Nq, size, bucket = call.q.shape[2], call.q.element_size(), channels_bucket(call.q.shape[-1])
     interpreted = target.family == "interpreter"
     config = _INTERPRETER if interpreted else _CONFIGS[kernel, size, bucket]
-    most = max(16, min(triton.next_power_of_2(Nq), _PLACES // top**2))
+    most = max(16, min(power_of_2(Nq), _PLACES // top**2))
     rows = min(config.block_m, most)
     warps = config.num_warps if 2 * rows >= config.block_m else 4
     config = replace(config, block_m=rows, num_warps=warps)
@@ -86,7 +85,7 @@ def plan(call: SelectCall, target: Target, indices: torch.Tensor) -> Launch:
     """The launch that fills indices; nothing in the call is empty, there are blocks."""
     B, Hq, Nq, D = call.q.shape
     kernel = "logit" if call.lse is None else "probability"
-    top = triton.next_power_of_2(min(call.num_selected, call.num_blocks))
+    top = power_of_2(min(call.num_selected, call.num_blocks))
     config = _configuration(call, target, kernel, top)
     found = ranges(call)
     assert found is not None  # supports() refuses those
@@ -101,7 +100,7 @@ def plan(call: SelectCall, target: Target, indices: torch.Tensor) -> Launch:
         "HOLE": call.own_block_is_a_hole, "num_warps": config.num_warps,
         "num_stages": config.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
-    programs = B * call.heads * triton.cdiv(Nq, config.block_m)
+    programs = B * call.heads * cdiv(Nq, config.block_m)
     if call.lse is None:
         half = call.q.element_size() == 2 and target.family != "interpreter"
         return Launch(_select_blocks_logit_kernel, programs, {

@@ -11,7 +11,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from hierkernels.ops.selected_attention.api import make_call
 from hierkernels.ops.selected_attention.triton_launch import (
@@ -23,6 +22,7 @@ from hierkernels.ops.selected_attention.triton_launch import (
 from hierkernels.triton_common.aot import main, new_tensor
 from hierkernels.triton_common.launch import Launch, Target
 from hierkernels.triton_common.search import Space
+from hierkernels.triton_common.tiles import cdiv
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     queries, heads = case.queries or case.tokens, case.heads if case.per_head else case.kv_heads
     indices = new(1, heads, queries, case.named, dtype=torch.int32)
     if device != "meta":
-        indices.random_(0, triton.cdiv(case.tokens, case.block_size))
+        indices.random_(0, cdiv(case.tokens, case.block_size))
     call = make_call(
         new(1, case.heads, queries, case.channels),
         new(1, case.kv_heads, case.tokens, case.channels),

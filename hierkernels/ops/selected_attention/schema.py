@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -94,14 +93,14 @@ def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | Non
     weights_grad = ctx.needs_input_grad[4]
     # With create_graph the gradients need a graph, which the operator makes.
     direct = not torch.is_grad_enabled() and is_unwatched((*tensors, out, lse, dout, dlse))
-    backward = _backward if direct else torch.ops.hierkernels.selected_attention_backward.default
+    backward = _backward if direct else _OPERATOR.backward
     dq, dk, dv, dweights = backward(
         *tensors, *ctx.numbers, out, lse, dout, dlse, weights_grad, ctx.backend
     )
     return dq, dk, dv, None, dweights if weights_grad else None, *(None,) * 6
 
 
-_EAGER = register(
+_OPERATOR = register(
     _OP,
     (_forward, _fake_forward),
     (_backward, _fake_backward),
@@ -119,10 +118,10 @@ def selected_attention_forward(
     given and refuses.
     """
     tensors = (call.q, call.k, call.v, call.indices, call.weights)
-    run: Callable[..., Any] = torch.ops.hierkernels.selected_attention_forward.default
+    run = _OPERATOR.forward
     if is_unwatched(tensors):
         needs_graph = torch.is_grad_enabled() and any(
             [t is not None and t.requires_grad for t in tensors]
         )
-        run = _EAGER if needs_graph else _forward
+        run = _OPERATOR.eager if needs_graph else _forward
     return run(*call.arguments(), check, backend)

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import triton
-
 from hierkernels.triton_common.configs import Config, channels_bucket, choose
 from hierkernels.triton_common.launch import Target
+from hierkernels.triton_common.tiles import power_of_2
 
 # (kernel, channels up to) -> configuration for 16-bit elements; block_m of forward and dq is the
 # least, the heads that share a choice may need more rows.
@@ -63,7 +62,7 @@ def configuration(
 
     channels: the larger head dimension; heads: that share a choice of blocks.
     """
-    size, heads = triton.next_power_of_2(block_size), triton.next_power_of_2(heads)
+    size, heads = power_of_2(block_size), power_of_2(heads)
     if target.family == "interpreter":
         config = INTERPRETER[kernel]
     else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 
 from hierkernels.ops.selected_attention import triton_configs as configs
 from hierkernels.ops.selected_attention.call import SelectedCall
@@ -22,7 +21,7 @@ from hierkernels.ops.selected_attention.triton_forward import _selected_attentio
 from hierkernels.ops.selected_attention.triton_inverse import Inverse, invert
 from hierkernels.triton_common.configs import Config
 from hierkernels.triton_common.launch import Launch, Target
-from hierkernels.triton_common.tiles import LOG2E, padded, rows_stride
+from hierkernels.triton_common.tiles import LOG2E, cdiv, padded, power_of_2, rows_stride
 
 # Elements of a tile of the lists kernel, which compares each column with every other.
 _LIST_TILE = 2048
@@ -30,7 +29,7 @@ _LIST_TILE = 2048
 
 def _block_size(call: SelectedCall) -> int:
     """The same blocks where one block holds all keys, and fewer kernels: the size is compiled."""
-    return min(call.block_size, triton.next_power_of_2(call.k.shape[2]))
+    return min(call.block_size, power_of_2(call.k.shape[2]))
 
 
 def _heads(call: SelectedCall) -> int:
@@ -53,9 +52,9 @@ def plan_lists(call: SelectedCall) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     B, heads, Nq, n = call.indices.shape
     lists = call.indices.new_empty((B, heads, Nq, call.columns), dtype=torch.int32)
     counts = call.indices.new_empty((B, heads, Nq), dtype=torch.int32)
-    block_n = triton.next_power_of_2(max(n, 1))
+    block_n = power_of_2(max(n, 1))
     block_m = max(_LIST_TILE // block_n, 1)
-    launch = Launch(_selected_attention_lists_kernel, triton.cdiv(B * heads * Nq, block_m), {
+    launch = Launch(_selected_attention_lists_kernel, cdiv(B * heads * Nq, block_m), {
         "indices_ptr": call.indices, "lists_ptr": lists, "counts_ptr": counts,
         "stride_indices": call.indices.stride(), "n_rows": B * heads * Nq, "n_heads": heads,
         "n_queries": Nq, "n_columns": n, "n_blocks": call.blocks,
@@ -100,7 +99,7 @@ def _query_major(
     gather = size % config.block_n != 0 and not whole_tiles
     block_n = config.block_n
     if whole_tiles:
-        block_n = min(block_n, max(16, triton.next_power_of_2(size)))
+        block_n = min(block_n, max(16, power_of_2(size)))
     return {
         **_every_kernel(call, target), "weights_ptr": call.weights,
         "stride_weights": (0, 0, 0, 0) if call.weights is None else call.weights.stride(),
@@ -183,7 +182,7 @@ def plan_keys(
     parts = None
     if work.parts:
         parts = level.new_empty((work.parts, size, channels))
-    tiles, every = triton.cdiv(size, config.block_n), _every_kernel(call, target)
+    tiles, every = cdiv(size, config.block_n), _every_kernel(call, target)
     both = {
         "dk_ptr": dk, "dv_ptr": dv, "parts_ptr": parts, "starts_ptr": inverse.starts,
         "first_part_ptr": work.first_part, "stride_dk": rows_stride(dk),
