@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 # On GPUs Triton comes first until a committed measurement says that the CUDA core is faster.
 AUTO_ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+# Backends without kernels for an operator beside the great ones.
+NO_KERNELS = {"rms_norm": ("cuda",), "rotary": ("cuda",)}
 
 _forced: list[str] = []
 
@@ -40,11 +42,11 @@ def use_backend(backend: str | None) -> Iterator[None]:
         _forced.pop()
 
 
-def requested_backend(backend: str | None, without: tuple[str, ...] = ()) -> str:
-    """The backend that is asked for, "" when the choice is free.
+def requested_backend(backend: str | None, op: str = "") -> str:
+    """The backend that is asked for by a call of op, "" when the choice is free.
 
-    `without` are backends that an operator beside the great ones has no kernels for: where they are
-    forced for all operators alike, its choice is free. Asked for by the call itself, they refuse.
+    Where a backend is forced for all operators alike and op has no kernels in it (NO_KERNELS), the
+    choice is free. Asked for by the call itself, it refuses.
     """
     if backend is not None:
         return check_backend_name(backend)
@@ -53,7 +55,7 @@ def requested_backend(backend: str | None, without: tuple[str, ...] = ()) -> str
     else:
         named = os.environ.get("HIERKERNELS_BACKEND", "")
         name = check_backend_name(named, "HIERKERNELS_BACKEND") if named else ""
-    return "" if name in without else name
+    return "" if name in NO_KERNELS.get(op, ()) else name
 
 
 class Choice(NamedTuple):

@@ -45,4 +45,4 @@ def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> 
         raise ValueError(f"op must be one of {', '.join(PROBLEMS)}, got {op!r}")
     call = PROBLEMS[op](*args, **options)
     computed_by = _COMPUTED_BY.get(op, op)
-    return dispatch.survey(computed_by, call, dispatch.requested_backend(backend))
+    return dispatch.survey(computed_by, call, dispatch.requested_backend(backend, op))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,6 +178,30 @@ def test_explain_names_the_choice_and_refusals(qkv: tuple) -> None:
         hk.explain("attentoin", *qkv)
     with pytest.raises(ValueError, match="q must have 4 dimensions"):
         hk.explain("attention", qkv[0][0], *qkv[1:])
+
+
+@pytest.mark.parametrize("op", ["attention", "rms_norm", "rotary"])
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_explain_agrees_with_the_call(op: str, backend: str) -> None:
+    x, table = torch.randn(1, 2, 5, 8), torch.randn(5, 4)
+    arguments = {"attention": (x, x, x), "rms_norm": (x, x[0, 0, 0]), "rotary": (x, table, table)}
+
+    def refuses(ask: Callable[..., object], **options: str) -> bool:
+        try:
+            ask(*arguments[op], **options)
+        except NotImplementedError:
+            return True
+        return False
+
+    def explain(*args: torch.Tensor, **options: str) -> object:
+        return hk.explain(op, *args, **options)
+
+    call = getattr(hk, op)
+    assert refuses(explain, backend=backend) == refuses(call, backend=backend)
+    with hk.use_backend(backend):
+        assert refuses(explain) == refuses(call)
+        if backend == "cuda":  # of the small operators it has no kernels, so others compute them
+            assert refuses(call) == (op == "attention")
 
 
 def test_every_way_to_ask_gives_the_reference(qkv: tuple, monkeypatch: pytest.MonkeyPatch) -> None:

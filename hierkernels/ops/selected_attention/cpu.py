@@ -19,11 +19,6 @@ def supports(call: SelectedCall) -> list[str]:
         reasons.append(f"q is on a {call.device_type} device, the cpu backend needs CPU tensors")
     if native() is None:
         reasons.append(f"the compiled kernels are missing: {native_error()}")
-    elif not hasattr(native(), "selected_forward"):
-        reasons.append(
-            "the compiled core is older than this package; build it with: "
-            "python setup.py build_ext --inplace"
-        )
     if call.q.dtype not in _DTYPES:
         reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16, float64")
     (_, _, Nq, D), (_, _, Nk, Dv) = call.q.shape, call.v.shape
