@@ -27,7 +27,8 @@ struct AttentionParams {
   Tensor dout;              // as out, any strides with the last one 1
   Tensor dlse;              // optional, as lse
   Tensor dq, dk, dv;        // as q, k, v
-  Tensor dbias;             // optional, float32 (float64 if q is), contiguous, the shape of bias
+  // Optional, contiguous, the shape of bias: float32 (float64 if q is), or of 2 bytes if bias_of_pairs().
+  Tensor dbias;
 
   int64_t batch() const { return q.size[0]; }
   int64_t heads() const { return q.size[1]; }

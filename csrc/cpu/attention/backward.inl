@@ -84,8 +84,10 @@ class Backward {
       for (int64_t u = 0; u < units; ++u) {
         const int64_t family = u / plan_.chunks, chunk = u % plan_.chunks;
         F* dbias = chunk == 0 ? p_.dbias.as<F>() : bias_copies_ + (chunk - 1) * bias_copy;
-        for (int64_t m = plan_.first_member(chunk); m < plan_.first_member(chunk + 1); ++m)
+        for (int64_t m = plan_.first_member(chunk); m < plan_.first_member(chunk + 1); ++m) {
+          w.following = following(u, m);
           task(w, plan_.task(family, m), dbias);
+        }
       }
       if (plan_.splits > 1) add_partial_dq();
       stream_fence();
@@ -106,6 +108,7 @@ class Backward {
     TileModifiers<F> modifiers;
     GradientRows<F> rows;
     NextInputs next;
+    BackwardTask following{};
 
     Work(const Backward& f, char* scratch)
         : tile(*new (scratch + f.tile_at_) TileRows),
@@ -132,6 +135,13 @@ class Backward {
     const F* data;
     int64_t stride;
   };
+
+  // The task after member m of unit u; its batch entry does not exist if there is none.
+  BackwardTask following(int64_t u, int64_t m) const {
+    if (m + 1 < plan_.first_member(u % plan_.chunks + 1)) return plan_.task(u / plan_.chunks, m + 1);
+    if (++u == plan_.units()) return {p_.batch(), 0, 0};
+    return plan_.task(u / plan_.chunks, plan_.first_member(u % plan_.chunks));
+  }
 
   int64_t dq_size() const { return dq_rows_ * shape_.padded; }
   int64_t bias_size() const {
@@ -237,7 +247,7 @@ class Backward {
     const int64_t key = index * kTileKeys, left = p_.n_keys() - key;
     const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
     const Rows k_rows = rows_of(p_.k, storage_, t.b, t.kv_head, 1), v_rows = rows_of(p_.v, storage_, t.b, t.kv_head, 1);
-    w.next.aim(p_, {&p_.k, &p_.v, &p_.q, &p_.dout}, t.b, t.kv_head);
+    w.next.aim_at(p_, {&p_.k, &p_.v, &p_.q, &p_.dout}, w.following.b, w.following.kv_head);
     storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k_panels, shape_.panel);
     storage_.transpose(v_rows, key, keys, shape_.dim_v, F(1), w.v_panels, shape_.panel);
     const Operand k = operand(k_in_place_, k_rows, k_rows.token_stride, key, keys, shape_.dim, shape_.padded, w.k);
@@ -317,8 +327,10 @@ class Backward {
   TileBiasGradient<F> bias_gradient(const BackwardTask& t, F* dbias) const {
     const Tensor& g = p_.dbias;
     if (!g) return {};
-    F* data = dbias + t.b * g.stride[0] + t.kv_head * p_.group() * g.stride[1];
-    return {data, g.stride[1], g.stride[2], g.stride[3], BiasSlots::from(p_), p_.bias_of_pairs()};
+    const bool once = p_.bias_of_pairs();
+    const int64_t bytes = once ? g.element_bytes() : static_cast<int64_t>(sizeof(F));
+    char* data = reinterpret_cast<char*>(dbias) + (t.b * g.stride[0] + t.kv_head * p_.group() * g.stride[1]) * bytes;
+    return {data, g.stride[1], g.stride[2], g.stride[3], BiasSlots::from(p_), once, g.dtype, bytes};
   }
 
   Operand operand(bool in_place, const Rows& rows, int64_t stride, int64_t first, int n, int dim, int padded,

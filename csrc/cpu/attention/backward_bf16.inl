@@ -22,6 +22,7 @@
 #include "next_inputs.h"
 #include "bias_gradient.h"
 #include "score_modifiers.h"
+#include "strip_modifiers.h"
 
 namespace hierkernels::HK_ISA {
 namespace {
@@ -43,6 +44,7 @@ struct Backward {
   const ScoreModifiers modifiers;
   const bool modified;    // anything but a range and a scale
   const bool key_only;    // what is added depends on the key alone
+  const bool adds, hides; // per pair: a bias; a mask or padding
   const int G, D, Dv;
   const int steps, v_steps;  // of 32 channels of q and k, of v
   const int64_t B, Hkv, Nq, Nk;
@@ -56,6 +58,8 @@ struct Backward {
         modifiers(ScoreModifiers::from(params)),
         modified(modifiers.additive || modifiers.dropout || params.softcap != 0 || params.dbias),
         key_only(modifiers.same_for_queries && (params.group() == 1 || modifiers.same_for_heads)),
+        adds(!key_only && params.bias),
+        hides(!key_only && (params.mask || params.padding)),
         G(static_cast<int>(params.group())),
         D(static_cast<int>(params.dim())),
         Dv(static_cast<int>(params.dim_v())),
@@ -114,13 +118,13 @@ struct Backward {
     bf16 *k, *v, *k_t;            // a block of keys: rows, rows, K^T tiles
     float *s, *g;                 // S^T and dP^T of a strip
     bf16 *prob, *ds, *pairs;      // P^T and dS^T of a strip, dS^T of a block by pairs of keys
-    float *add, *keep, *line;     // transposed modifiers of a block; rows to transpose
+    float *add, *line;            // transposed bias of a strip, or what is added to the keys of a block; rows to transpose
+    uint32_t *seen, *kept;        // by row of a block: what mask, padding and dropout leave of a strip, or of two
     float *dk, *dv;               // of the task
   };
   Buffers allocate() const {
     TypedLayout layout;
     const int64_t q_size = segment * steps * 32, g_size = segment * v_steps * 32;
-    const bool tiles = modified && ((modifiers.additive && !key_only) || modifiers.dropout);
     const auto q_t = layout.add<bf16>(q_size), q_n = layout.add<bf16>(q_size);
     const auto g_t = layout.add<bf16>(g_size), g_n = layout.add<bf16>(g_size);
     const auto lse = layout.add<float>(segment), delta = layout.add<float>(segment), dq = layout.add<float>(q_size);
@@ -131,9 +135,9 @@ struct Backward {
     const auto s = layout.add<float>(32 * kScoreStride), g = layout.add<float>(32 * kScoreStride);
     const auto prob = layout.add<bf16>(32 * kProbStride), ds = layout.add<bf16>(32 * kProbStride);
     const auto pairs = layout.add<bf16>(kBlock * kBlock);
-    const auto add = layout.add<float>(tiles ? kBlock * kScoreStride : kBlock);
-    const auto keep = layout.add<float>(tiles ? kBlock * kScoreStride : 0);
-    const auto line = layout.add<float>(16 * kScoreStride);
+    const auto add = layout.add<float>(adds ? 32 * kScoreStride : kBlock);
+    const auto line = layout.add<float>(16 * 32);
+    const auto seen = layout.add<uint32_t>(kBlock), kept = layout.add<uint32_t>(2 * kBlock);
     const auto dk = layout.add<float>(splits > 1 ? 0 : key_floats()), dv = layout.add<float>(splits > 1 ? 0 : value_floats());
     char* base = thread_scratch(ScratchUse::kTask, layout.total());
     const auto floats = [&](size_t at) { return layout.at<float>(base, at); };
@@ -141,7 +145,8 @@ struct Backward {
     return {halves(q_t), halves(q_n), halves(g_t), halves(g_n), floats(lse), floats(delta), floats(dq),
             layout.at<int32_t>(base, lo), layout.at<int32_t>(base, hi), layout.at<uint8_t>(base, dq_begun),
             layout.at<uint8_t>(base, dk_begun), halves(k), halves(v), halves(k_t), floats(s), floats(g),
-            halves(prob), halves(ds), halves(pairs), floats(add), floats(keep), floats(line), floats(dk), floats(dv)};
+            halves(prob), halves(ds), halves(pairs), floats(add), floats(line),
+            layout.at<uint32_t>(base, seen), layout.at<uint32_t>(base, kept), floats(dk), floats(dv)};
   }
 };
 
@@ -355,12 +360,15 @@ struct Task {
           } else {
             x = _mm512_mul_ps(x, factor);
           }
-          if (f.modifiers.additive)
-            x = _mm512_add_ps(x, f.key_only ? _mm512_set1_ps(m.add[j + r])
-                                            : _mm512_load_ps(m.add + (j + r) * kScoreStride + lane0 + 16 * half));
+          if (f.adds)
+            x = _mm512_add_ps(x, _mm512_load_ps(m.add + (j + r) % 32 * kScoreStride + lane0 + 16 * half));
+          else if (f.modifiers.additive && f.key_only)
+            x = _mm512_add_ps(x, _mm512_set1_ps(m.add[j + r]));
           x = exp2_bf16(_mm512_min_ps(_mm512_setzero_ps(), _mm512_sub_ps(x, lse)));  // rounding of huge scores
+          if (f.hides) x = _mm512_maskz_mov_ps(rows_with(m.seen + lane0 + 16 * half, (j + r) % 32), x);
           if (f.modifiers.dropout) {
-            keep = _mm512_load_ps(m.keep + (j + r) * kScoreStride + lane0 + 16 * half);
+            keep = _mm512_maskz_mov_ps(rows_with(m.kept + j / 32 % 2 * kBlock + lane0 + 16 * half, (j + r) % 32),
+                                       _mm512_set1_ps(static_cast<float>(f.modifiers.keep_factor)));
             dp = _mm512_mul_ps(dp, keep);
           }
         } else {
@@ -444,7 +452,9 @@ struct Task {
     const bf16 *q_n = m.q_n + row * f.steps * 32, *g_n = m.g_n + row * f.v_steps * 32;
     int begin[kTiles], end[kTiles];  // the strips that each tile of rows sees
     for (int t = 0; t < tiles; ++t) begin[t] = end[t] = 0;
-    if (f.modified) load_modifiers(row0 + row, n, j0, strips * 32);
+    if (f.modifiers.additive && f.key_only)
+      f.modifiers.additive_row(b, h * f.G, query(row0 + row), j0, f.Nk - j0 < kBlock ? f.Nk - j0 : kBlock, m.add);
+    int kept_pair = -1;  // of strips, whose bits of dropout are there
     for (int strip = 0; strip < strips; ++strip) {
       const int64_t key = j0 + strip * 32;
       // Both bounds rise with the row, so the tiles that see the strip are a range.
@@ -456,6 +466,7 @@ struct Task {
         if (end[t] == 0) begin[t] = strip;
         end[t] = strip + 1;
       }
+      if (f.adds || f.hides || f.modifiers.dropout) load_modifiers(row0 + row, row, n, key, t0, t1, kept_pair);
       const int keys = static_cast<int>(f.Nk - key < 32 ? f.Nk - key : 32), key_halves = keys > 16 ? 2 : 1;
       const int last_halves = n - (t1 - 1) * 32 > 16 ? 2 : 1;
       scores(m.k + strip * 32 * f.steps * 32, q_t, f.steps, key_halves, t0, t1, last_halves, m.s);
@@ -540,33 +551,24 @@ struct Task {
 
   // ---- modifiers ----
 
-  // What is added to the scores and what survives dropout, for rows [row, row + n) and keys [j0, j0 + width).
-  void load_modifiers(int64_t row, int n, int64_t j0, int width) const {
-    const int64_t keys = f.Nk - j0 < width ? f.Nk - j0 : width;
-    if (f.modifiers.additive && f.key_only) f.modifiers.additive_row(b, h * f.G, query(row), j0, keys, m.add);
-    const bool add = f.modifiers.additive && !f.key_only;
-    for (int r = 0; r < n && (add || f.modifiers.dropout); r += 16) {
-      if (add) transpose_rows(row + r, width, m.add + r, [&](int64_t hq, int64_t i, float* to) {
-        f.modifiers.additive_row(b, hq, i, j0, keys, to);
-      });
-      if (f.modifiers.dropout) transpose_rows(row + r, width, m.keep + r, [&](int64_t hq, int64_t i, float* to) {
-        f.modifiers.keep_row(b, hq, i, j0, keys, to);
-      });
-    }
-  }
-
-  template <class Fill>
-  void transpose_rows(int64_t row, int width, float* to, Fill fill) const {
-    for (int e = 0; e < 16; ++e) {
-      const int64_t clipped = row + e < f.rows ? row + e : f.rows - 1;  // rows past the end weigh nothing
-      fill(head(clipped), query(clipped), m.line + e * kScoreStride);
-    }
-    for (int j = 0; j < width; j += 16) {
-      __m512i x[16];
-      for (int e = 0; e < 16; ++e) x[e] = _mm512_load_si512(m.line + e * kScoreStride + j);
-      transpose16(x);
-      for (int e = 0; e < 16; ++e) _mm512_store_si512(to + (j + e) * kScoreStride, x[e]);
-    }
+  // What changes the scores of the strip at `key` for the tiles [t0, t1) of the row block at row `first` of the head, row
+  // `row` of the segment. Dropout is drawn for a pair of strips, those after the first kept.
+  void load_modifiers(int64_t first, int row, int n, int64_t key, int t0, int t1, int& kept_pair) const {
+    const StripModifiers strip{f.modifiers, f.Nk, kScoreStride, m.add, m.seen, {m.kept, m.kept + kBlock}, m.line};
+    const auto place = [&](int r, int64_t& hq, int64_t& i) {
+      const int64_t clipped = first + r < f.rows ? first + r : f.rows - 1;  // rows past the end weigh nothing
+      hq = head(clipped);
+      i = query(clipped);
+    };
+    const int begin = t0 * 32, end = min_of(t1 * 32, (n + 15) & ~15);
+    for (int r = begin; f.adds && r < end; r += 16) strip.load_bias(b, place, r, key);
+    if (f.hides) strip.load_seen(b, place, begin, end, key);
+    const int pair = static_cast<int>(key / 64);
+    if (!f.modifiers.dropout || pair == kept_pair) return;
+    kept_pair = pair;
+    int tiles = (n + 31) / 32;  // up to the last that sees a key of the pair
+    while (tiles > t1 && m.lo[row + (tiles - 1) * 32] >= pair * int64_t{64} + 64) --tiles;
+    strip.load_kept(b, place, begin, min_of(tiles * 32, (n + 15) & ~15), pair * int64_t{64});
   }
 
   // dS^T of a strip (in m.s) into the bias gradient.
@@ -578,12 +580,9 @@ struct Task {
         for (int e = 0; e < 16; ++e) x[half][e] = _mm512_load_si512(m.s + (half * 16 + e) * kScoreStride + r);
         transpose16(x[half]);
       }
-      for (int e = 0; e < 16 && row + r + e < f.rows; ++e) {
-        alignas(64) float line[32];
-        _mm512_store_si512(line, x[0][e]);
-        _mm512_store_si512(line + 16, x[1][e]);
-        dbias.add_row(dbias_sums, b, head(row + r + e), query(row + r + e), key, keys, line);
-      }
+      for (int e = 0; e < 16 && row + r + e < f.rows; ++e)
+        dbias.add_row(dbias_sums, b, head(row + r + e), query(row + r + e), key, keys, _mm512_castsi512_ps(x[0][e]),
+                      _mm512_castsi512_ps(x[1][e]));
     }
   }
 };

@@ -1,8 +1,8 @@
 // The gradient of an additive bias: a sum over its broadcast dimensions, the same from run to run.
 //
 // A task is a key/value head of a batch entry. Where no two tasks share an element of the bias, they add to it
-// directly, or store where each element belongs to one (query, key) pair; else each thread, which takes the same tasks every time, adds to a copy of its own, and the copies
-// are added in order at the end.
+// directly, or store where each element belongs to one (query, key) pair, in the type of the result; else each thread,
+// which takes the same tasks every time, adds to a copy of its own, and the copies are added in order at the end.
 #pragma once
 #include "../scratch.h"
 #include "../simd.h"
@@ -35,27 +35,47 @@ class BiasGradient {
   // Before the rows' sums: zeros for the keys outside [lo, hi), if nobody else writes them.
   void begin_row(F* sums, int64_t b, int64_t h, int64_t i, int64_t lo, int64_t hi) const {
     if (!once_) return;
-    F* to = sums + b * t_.stride[0] + h * t_.stride[1] + i * t_.stride[2];
+    const int64_t bytes = t_.element_bytes();
+    char* to = reinterpret_cast<char*>(sums) + (b * t_.stride[0] + h * t_.stride[1] + i * t_.stride[2]) * bytes;
     if (lo > hi) lo = hi;
-    memset(to, 0, static_cast<size_t>(lo) * sizeof(F));
-    memset(to + hi, 0, static_cast<size_t>(n_keys_ - hi) * sizeof(F));
+    memset(to, 0, static_cast<size_t>(lo * bytes));
+    memset(to + hi * bytes, 0, static_cast<size_t>((n_keys_ - hi) * bytes));
   }
 
-  // sums[b, h, i, j0 .. j0 + n) += row.
+  // sums[b, h, i, j0 .. j0 + n) += 32 numbers, of which the first n count.
+  HK_INLINE void add_row(F* sums, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, __m512 low, __m512 high) const {
+    if (!once_) {
+      alignas(64) float line[32];
+      _mm512_store_ps(line, low);
+      _mm512_store_ps(line + 16, high);
+      return add_row(sums, b, h, i, j0, n, line);
+    }
+    const int64_t at = b * t_.stride[0] + h * t_.stride[1] + i * t_.stride[2] + j0;
+    const __mmask32 valid = first_lanes32(n);
+    if (t_.dtype == DType::kFloat32) {
+      _mm512_mask_storeu_ps(t_.as<float>() + at, static_cast<__mmask16>(valid), low);
+      _mm512_mask_storeu_ps(t_.as<float>() + at + 16, static_cast<__mmask16>(valid >> 16), high);
+    } else if (t_.dtype == DType::kBFloat16) {
+      _mm512_mask_storeu_epi16(t_.as<uint16_t>() + at, valid, to_bf16(low, high));
+    } else {
+      const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT)),
+                                                _mm512_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT), 1);
+      _mm512_mask_storeu_epi16(t_.as<uint16_t>() + at, valid, halves);
+    }
+  }
+
+  // sums[b, h, i, j0 .. j0 + n) += row, where elements are shared.
   void add_row(F* sums, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, const F* row) const {
     F* to = sums + b * t_.stride[0] + h * t_.stride[1] + slots_.row(i) * t_.stride[2];
     const int64_t column = slots_.column(i, j0), begin = slots_.begin(column), end = slots_.end(column, n);
     if (t_.stride[3] == 0) {
       F sum = 0;
       for (int64_t j = begin; j < end; ++j) sum += row[j];
-      *to = once_ ? sum : *to + sum;
+      *to += sum;
       return;
     }
     to += column;  // contiguous
-    if (once_)
-      memcpy(to + begin, row + begin, static_cast<size_t>(end - begin) * sizeof(F));
-    else
-      for (int64_t j = begin; j < end; ++j) to[j] += row[j];
+    for (int64_t j = begin; j < end; ++j) to[j] += row[j];
   }
 
   // After all tasks, outside of the parallel region.

@@ -8,6 +8,9 @@ namespace {
 
 struct [[maybe_unused]] ProductSession {};  // nothing to set up
 
+// Sixteen rows take as long each as more do.
+[[maybe_unused]] constexpr bool kNarrowStrips = true;
+
 // Eight rows x 16 CT columns in registers: sixteen sums hide the latency of their products.
 template <int CT>
 HK_INLINE void accumulate_rows(float* c, int64_t c_stride, int64_t c_right, bool first, const bf16* a, int64_t a_stride,

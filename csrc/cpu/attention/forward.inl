@@ -18,7 +18,8 @@ class Forward {
   Forward(const AttentionParams& p, const Storage<F>& storage)
       : p_(p), storage_(storage), shape_(p, forward_rows(p), kMostTileKeys), blocks_{p.n_queries() * p.group(), forward_rows(p)} {
     const Rows q = rows_of(p.q, storage, 0, 0, p.group());
-    q_in_place_ = storage.native && q.uniform_stride(p.n_queries()) != 0;
+    few_rows_ = blocks_.rows <= kFewRows;
+    q_in_place_ = !few_rows_ && storage.native && q.uniform_stride(p.n_queries()) != 0;
     v_in_place_ = storage.native && shape_.dim_v == shape_.padded_v;
     out_in_place_ = v_in_place_ && rows_of(p.out, storage, 0, 0, p.group()).uniform_stride(p.n_queries()) != 0;
 
@@ -63,6 +64,9 @@ class Forward {
   }
 
  private:
+  // Up to so many rows, their scores are dot products with keys as they lie.
+  static constexpr int kFewRows = 4;
+
   // What a thread works with.
   struct Work {
     TileRows& tile;
@@ -167,6 +171,10 @@ class Forward {
     } else {
       storage_.load(q_rows, first, tile.n, shape_.dim, w.q, shape_.padded);
     }
+    if (few_rows_) {
+      const Vec<F> factor = set1(score_factor<F>(p_));
+      for (int c = 0; c < tile.n * shape_.padded; c += kWidth<F>) store(w.q + c, load(w.q + c) * factor);
+    }
     for (int r = 0; r < tile.n; r += kWidth<F>) {
       store(w.rows.max + r, set1(-static_cast<F>(__builtin_inff())));
       store(w.rows.sum + r, zero<F>());
@@ -192,7 +200,10 @@ class Forward {
       const int keys = left < most_keys ? static_cast<int>(left) : most_keys;
       tile.set_keys(key, keys);
       w.modifiers.set_tile(b, kv_head, tile);
-      storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k, shape_.panel);
+      if (few_rows_)
+        storage_.dot_keys(k_rows, v_rows, key, keys, shape_.dim, w.q, shape_.padded, tile.n, w.scores, shape_.stride);
+      else
+        storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k, shape_.panel);
       const F* v = w.v;
       int64_t v_stride = shape_.padded_v;
       if (v_in_place_) {
@@ -201,8 +212,9 @@ class Forward {
       } else {
         storage_.load(v_rows, key, keys, shape_.dim_v, w.v, shape_.padded_v);
       }
-      multiply_scores(tile, q, q_stride, w.k, shape_.panel, shape_.dim, w.scores, shape_.stride, w.next,
-                      [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
+      if (!few_rows_)
+        multiply_scores(tile, q, q_stride, w.k, shape_.panel, shape_.dim, w.scores, shape_.stride, w.next,
+                        [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
       softmax_tile(tile, w.modifiers, w.scores, shape_.stride, w.keep, w.rows);
       Target<F> out = {sums, shape_.padded_v, update, w.rows.rescale};
       if (direct) {
@@ -255,7 +267,7 @@ class Forward {
   const Storage<F>& storage_;
   KernelShape<F> shape_;
   RowBlocks blocks_;
-  bool q_in_place_, v_in_place_, out_in_place_;
+  bool few_rows_, q_in_place_, v_in_place_, out_in_place_;
   int64_t splits_;  // of the keys of a task
   ScratchLayout layout_;
   size_t tile_at_, scores_at_, out_at_, k_at_, v_at_, q_at_, rows_at_, keep_at_, additive_at_;

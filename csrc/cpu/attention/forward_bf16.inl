@@ -17,6 +17,7 @@
 #include "../simd_math.h"
 #include "bf16_tiles.h"
 #include "attention.h"
+#include "mask_bits.h"
 #include "next_inputs.h"
 #include "score_modifiers.h"
 
@@ -26,7 +27,10 @@ namespace {
 constexpr int kRows = 128;                // rows of a task
 constexpr int kKeys = 128;                // keys of a block
 constexpr int kStrip = 32;                // rows that share a score buffer
-constexpr int kScoreStride = kKeys + 16;  // padded against 4K aliasing
+constexpr int kWords = kKeys / 32;        // of bits, one for each key of a block
+// Where every 16 rows see few keys (a window), strips of 16 rows take all of theirs in one step, in the same buffers.
+constexpr int kNarrowStrip = 16, kNarrowKeys = 2 * kKeys;
+constexpr int kScoreStride = kKeys + 16;  // padded against 4K aliasing; twice as much in narrow strips
 constexpr int kProbStride = kKeys + 32;
 // The maximum of a row is raised only when a score exceeds it by 2^8: a rescaled accumulator is rare, and
 // bfloat16 probabilities lose nothing.
@@ -39,8 +43,9 @@ constexpr int64_t kSharedPackBytes = 256 << 20;
 struct Forward {
   const AttentionParams& p;
   const ScoreModifiers modifiers;
+  const bool shared_row;  // what is added or hidden is the same for all rows of a task
   const bool modified;    // scores go through modify_row
-  const bool shared_row;  // what is added is the same for all rows of a task
+  const bool hides;       // rows differ in the keys that mask and padding show them
   const int G, D, Dv;
   const int steps;      // of 32 channels of q and k
   const int v_steps;    // of 32 channels of v
@@ -52,14 +57,17 @@ struct Forward {
   const bool own;       // K and V are packed by the thread that computes the head
   const int64_t ring;   // keys that are kept packed; key j lies at j % ring
   const int64_t o_stride;
+  const bool narrow;         // strips of kNarrowStrip rows
+  const int score_stride, prob_stride;
   const __m512i flip;   // a negative scale is moved into q
   const float scale;    // its absolute value
 
   Forward(const AttentionParams& params, int64_t threads)
       : p(params),
         modifiers(ScoreModifiers::from(params)),
-        modified(modifiers.additive || params.softcap != 0),
         shared_row(modifiers.same_for_queries && (params.group() == 1 || modifiers.same_for_heads)),
+        modified(params.softcap != 0 || params.bias || (modifiers.additive && shared_row)),
+        hides(!shared_row && (params.mask || params.padding)),
         G(static_cast<int>(params.group())),
         D(static_cast<int>(params.dim())),
         Dv(static_cast<int>(params.dim_v())),
@@ -78,6 +86,9 @@ struct Forward {
         own(share && (B * Hkv % threads == 0 || B * Hkv >= 8 * threads)),
         ring(own ? most_keys() : padded_keys()),
         o_stride(v_steps * 32 + 16),
+        narrow(kNarrowStrips && share && !modified && !hides && !modifiers.dropout && sees_few_keys()),
+        score_stride(narrow ? 2 * kScoreStride : kScoreStride),
+        prob_stride(narrow ? 2 * kProbStride : kProbStride),
         flip(_mm512_set1_epi16(params.scale < 0 ? static_cast<int16_t>(0x8000) : 0)),
         scale(std::fabs(static_cast<float>(params.scale))) {}
 
@@ -97,26 +108,37 @@ struct Forward {
     return most;
   }
 
+  // Whether any kNarrowStrip rows that follow one another see kNarrowKeys at most, from a multiple of 32 on.
+  bool sees_few_keys() const {
+    for (int64_t row = 0; row < rows; row += kNarrowStrip) {
+      const int64_t last = (row + kNarrowStrip < rows ? row + kNarrowStrip : rows) - 1;
+      if (p.range.hi.at(last / G, Nk) - p.range.lo.at(row / G, Nk) / 32 * 32 > kNarrowKeys) return false;
+    }
+    return true;
+  }
+
   // Buffers of a thread.
   struct Buffers {
-    float *s, *o, *top, *limit, *sum, *add, *keep;
+    float *s, *o, *top, *limit, *sum, *add;
     bf16 *prob, *q, *k, *v;
     int32_t *lo, *hi;
+    uint32_t* seen;  // [row of the strip][word]
   };
   Buffers allocate() const {
     TypedLayout layout;
     const auto s = layout.add<float>(kStrip * kScoreStride), o = layout.add<float>(kRows * o_stride);
     const auto top = layout.add<float>(kRows), limit = layout.add<float>(kRows);
-    const auto sum = layout.add<float>(kRows * 16), add = layout.add<float>(kKeys), keep = layout.add<float>(kKeys);
+    const auto sum = layout.add<float>(kRows * 16), add = layout.add<float>(kKeys);
     const auto prob = layout.add<bf16>(kStrip * kProbStride), q = layout.add<bf16>(kRows * steps * 32);
     const auto k = layout.add<bf16>(share ? 0 : kKeys * steps * 32), v = layout.add<bf16>(share ? 0 : kKeys * v_steps * 32);
     const auto lo = layout.add<int32_t>(kRows), hi = layout.add<int32_t>(kRows);
+    const auto seen = layout.add<uint32_t>(kStrip * kWords);
     char* base = thread_scratch(ScratchUse::kTask, layout.total());
     return {layout.at<float>(base, s),   layout.at<float>(base, o),   layout.at<float>(base, top),
             layout.at<float>(base, limit), layout.at<float>(base, sum), layout.at<float>(base, add),
-            layout.at<float>(base, keep), layout.at<bf16>(base, prob), layout.at<bf16>(base, q),
-            layout.at<bf16>(base, k),    layout.at<bf16>(base, v),    layout.at<int32_t>(base, lo),
-            layout.at<int32_t>(base, hi)};
+            layout.at<bf16>(base, prob), layout.at<bf16>(base, q),    layout.at<bf16>(base, k),
+            layout.at<bf16>(base, v),    layout.at<int32_t>(base, lo), layout.at<int32_t>(base, hi),
+            layout.at<uint32_t>(base, seen)};
   }
 
   // The keys [j0, j0 + 32) into their packed places.
@@ -180,80 +202,81 @@ struct Task {
       _mm512_store_ps(o + d, _mm512_mul_ps(shrink, _mm512_load_ps(o + d)));
   }
 
-  // Scaled scores with the bias (of type T; none if null) of the keys [at, ...), hidden where a byte of `a` or `b` is 0.
+  // Scaled scores with the bias of n keys.
   template <class T>
-  void modify_direct(int n, float scale, const T* bias, const uint8_t* a, const uint8_t* b, int64_t keys, float* s) const {
-    const __m512 inner = _mm512_set1_ps(scale), log2e = _mm512_set1_ps(kLog2ef), hidden = _mm512_set1_ps(-INFINITY);
+  static void modify_direct(int n, float scale, const T* bias, int64_t keys, float* s) {
+    const __m512 inner = _mm512_set1_ps(scale), log2e = _mm512_set1_ps(kLog2ef);
     for (int j = 0; j < n; j += 16) {
       const __mmask16 valid = first_lanes16(keys - j);
-      __m512 x = _mm512_mul_ps(_mm512_load_ps(s + j), inner);
-      if (bias) {
-        if constexpr (sizeof(T) == 4)
-          x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(valid, bias + j), log2e, x);
-        else
-          x = _mm512_fmadd_ps(from_bf16(_mm256_maskz_loadu_epi16(valid, bias + j)), log2e, x);
-      }
-      __mmask16 see = 0xffff;
-      if (a) {
-        const __m128i bytes = _mm_maskz_loadu_epi8(valid, a + j);
-        see = _mm_test_epi8_mask(bytes, bytes);
-      }
-      if (b) {
-        const __m128i bytes = _mm_maskz_loadu_epi8(valid, b + j);
-        see &= _mm_test_epi8_mask(bytes, bytes);
-      }
-      _mm512_store_ps(s + j, _mm512_mask_mov_ps(hidden, see, x));
+      const __m512 x = _mm512_mul_ps(_mm512_load_ps(s + j), inner);
+      __m512 added;
+      if constexpr (sizeof(T) == 4)
+        added = _mm512_maskz_loadu_ps(valid, bias + j);
+      else
+        added = from_bf16(_mm256_maskz_loadu_epi16(valid, bias + j));
+      __builtin_prefetch(bias + j + kKeys);  // of the block to come
+      _mm512_store_ps(s + j, _mm512_fmadd_ps(added, log2e, x));
     }
   }
 
-  // modify_row where bias, mask and padding can be read as they lie; false if they cannot.
+  // modify_row where the bias can be read as it lies; false if it cannot.
   bool modify_directly(int r, int64_t j0, int from, int to, float* s) const {
-    const ScoreModifiers& mod = f.modifiers;
-    const Tensor &bias = mod.bias, &mask = mod.mask, &padding = mod.padding;
-    const bool wide = bias && bias.dtype == DType::kFloat32;
-    if (f.p.softcap != 0 || mod.slots || (bias && (bias.stride[3] != 1 || !(wide || bias.dtype == DType::kBFloat16))) ||
-        (mask && mask.stride[3] != 1) || (padding && padding.stride[1] != 1))
-      return false;
-    const int64_t hq = head(r), i = query(r), key = j0 + from;
-    const auto place = [&](const Tensor& t) { return b * t.stride[0] + hq * t.stride[1] + i * t.stride[2] + key; };
-    const uint8_t* seen = mask ? mask.as<uint8_t>() + place(mask) : nullptr;
-    const uint8_t* real = padding ? padding.as<uint8_t>() + b * padding.stride[0] + key : nullptr;
+    const Tensor& t = f.modifiers.bias;
+    const bool wide = t.dtype == DType::kFloat32;
+    if (f.p.softcap != 0 || f.modifiers.slots || t.stride[3] != 1 || !(wide || t.dtype == DType::kBFloat16)) return false;
+    const int64_t key = j0 + from, at = b * t.stride[0] + head(r) * t.stride[1] + query(r) * t.stride[2] + key;
     const float scale = f.scale * kLog2ef;
     if (wide)
-      modify_direct(to - from, scale, bias.as<float>() + place(bias), seen, real, f.Nk - key, s + from);
+      modify_direct(to - from, scale, t.as<float>() + at, f.Nk - key, s + from);
     else
-      modify_direct(to - from, scale, bias ? bias.as<bf16>() + place(bias) : nullptr, seen, real, f.Nk - key, s + from);
+      modify_direct(to - from, scale, t.as<bf16>() + at, f.Nk - key, s + from);
     return true;
   }
 
   // Scores of row r for the keys [j0 + from, j0 + to): scaled, capped, in base 2, with what is added.
   void modify_row(int r, int64_t j0, int from, int to, float* s) const {
-    if (f.modifiers.additive && !f.shared_row && modify_directly(r, j0, from, to, s)) return;
-    const float* add = m.add;  // at key j0
-    if (f.modifiers.additive && !f.shared_row) {
+    const bool own = f.modifiers.bias && !f.shared_row;  // a row of its own is added
+    if (own && modify_directly(r, j0, from, to, s)) return;
+    if (own) {
       const int64_t n = f.Nk - j0 < to ? f.Nk - j0 : to;
       f.modifiers.additive_row(b, head(r), query(r), j0 + from, n - from, m.add + from);
     }
+    const bool adds = own || (f.modifiers.additive && f.shared_row);
     const float cap = static_cast<float>(f.p.softcap);
     const __m512 inner = _mm512_set1_ps(cap != 0 ? f.scale / cap : f.scale * kLog2ef), outer = _mm512_set1_ps(cap * kLog2ef);
     for (int j = from; j < to; j += 16) {
       __m512 x = _mm512_mul_ps(_mm512_load_ps(s + j), inner);
       if (cap != 0) x = _mm512_mul_ps(outer, tanh<VecF>(x));
-      if (f.modifiers.additive) x = _mm512_add_ps(x, _mm512_load_ps(add + j));
+      if (adds) x = _mm512_add_ps(x, _mm512_load_ps(m.add + j));  // at key j0
       _mm512_store_ps(s + j, x);
     }
   }
 
-  const float* score_row(int r) const { return m.s + (r % kStrip) * kScoreStride; }
+  // What mask and padding show of the keys [j0 + from, j0 + to) to the rows [r0, r1) of a strip.
+  void load_seen(int r0, int r1, int64_t j0, int from, int to) const {
+    uint32_t real[kWords];
+    for (int w = from / 32; w < to / 32; ++w) real[w] = padding_bits(f.modifiers, b, j0 + w * 32, f.Nk - j0 - w * 32);
+    for (int r = r0; r < r1; ++r)
+      for (int w = from / 32; w < to / 32; ++w)
+        m.seen[(r - r0) * kWords + w] =
+            real[w] & mask_bits(f.modifiers, b, head(r), query(r), j0 + w * 32, f.Nk - j0 - w * 32);
+  }
+
+  int strip_row(int r) const { return f.narrow ? r % kNarrowStrip : r % kStrip; }
+  const float* score_row(int r) const { return m.s + strip_row(r) * f.score_stride; }
 
   // Row r against the keys [j0 + from, j0 + to), multiples of 32 from j0.
   struct Span {
     int from, to, lo, hi;  // lo, hi: what the row sees, from j0
-    bool whole() const { return lo <= from && hi >= to; }
-    __mmask32 visible(int j) const { return first_lanes32(hi - j) & ~first_lanes32(lo - j); }
+    const uint32_t* seen;  // of it, what mask and padding show; null: all
+    bool whole() const { return lo <= from && hi >= to && !seen; }
+    __mmask32 visible(int j) const {
+      return first_lanes32(hi - j) & ~first_lanes32(lo - j) & (seen ? seen[j / 32] : ~0u);
+    }
   };
   Span span(int r, int64_t j0, int from, int to) const {
-    return {from, to, m.lo[r] - static_cast<int>(j0), m.hi[r] - static_cast<int>(j0)};
+    return {from, to, m.lo[r] - static_cast<int>(j0), m.hi[r] - static_cast<int>(j0),
+            f.hides ? m.seen + r % kStrip * kWords : nullptr};
   }
 
   // The largest visible scores, lane by lane; -inf where there are none.
@@ -301,7 +324,7 @@ struct Task {
   // Numerators of row r: S row -> P row, and their sum, lane by lane.
   void exponentials(int r, int64_t j0, const Span& x, bool first) const {
     const float* s = score_row(r);
-    bf16* out = m.prob + (r % kStrip) * kProbStride;
+    bf16* out = m.prob + strip_row(r) * f.prob_stride;
     const __m512 c = _mm512_set1_ps(factor), top = _mm512_set1_ps(m.top[r]);
     __m512 sum0 = first ? _mm512_setzero_ps() : _mm512_load_ps(m.sum + 16 * r), sum1 = _mm512_setzero_ps();
     const bool dropout = f.modifiers.dropout;
@@ -314,7 +337,12 @@ struct Task {
         _mm512_store_si512(out + j, to_bf16(low, high));
       }
     } else {
-      if (dropout) f.modifiers.keep_row(b, head(r), query(r), j0 + x.from, x.to - x.from, m.keep);
+      uint32_t kept[kWords];
+      for (int j = x.from & ~63; dropout && j < x.to; j += 64) {
+        const uint64_t bits = kept_bits(f.modifiers, b, head(r), query(r), j0 + j);
+        kept[j / 32] = static_cast<uint32_t>(bits);
+        kept[j / 32 + 1] = static_cast<uint32_t>(bits >> 32);
+      }
       for (int j = x.from; j < x.to; j += 32) {
         const __mmask32 see = x.visible(j);
         __m512 low = _mm512_maskz_mov_ps(static_cast<__mmask16>(see),
@@ -323,9 +351,9 @@ struct Task {
                                           exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + j + 16), c, top)));
         sum0 = _mm512_add_ps(sum0, low);
         sum1 = _mm512_add_ps(sum1, high);
-        if (dropout) {
-          low = _mm512_mul_ps(low, _mm512_load_ps(m.keep + j - x.from));
-          high = _mm512_mul_ps(high, _mm512_load_ps(m.keep + j - x.from + 16));
+        if (dropout) {  // the factor of what is kept is the output's
+          low = _mm512_maskz_mov_ps(static_cast<__mmask16>(kept[j / 32]), low);
+          high = _mm512_maskz_mov_ps(static_cast<__mmask16>(kept[j / 32] >> 16), high);
         }
         _mm512_store_si512(out + j, to_bf16(low, high));
       }
@@ -336,6 +364,7 @@ struct Task {
   void softmax_strip(int r0, int r1, int64_t j0, int from, int to, bool first) const {
     if (f.modified)
       for (int r = r0; r < r1; ++r) modify_row(r, j0, from, to, m.s + (r - r0) * kScoreStride);
+    if (f.hides) load_seen(r0, r1, j0, from, to);
     for (int r = r0; first && r < r1; r += 16) first_tops(r, r + 16 < r1 ? r + 16 : r1, j0, from, to);
     for (int r = r0; r < r1; ++r) {
       const Span x = span(r, j0, from, to);
@@ -345,20 +374,17 @@ struct Task {
     }
   }
 
-  // O of the strip += P V over the keys [from, to) of the block.
+  // O of the strip += P V over `count` times 32 keys.
   template <int RT>
-  void accumulate_strip(int r0, const bf16* v, int from, int to, bool first) const {
+  void accumulate_strip(int r0, const bf16* v, const bf16* prob, int count, bool first) const {
     const int64_t v_block = f.v_steps * 2 * kTile;  // packed elements of 32 keys
     const int columns = (f.Dv + 15) / 16;
-    v += from / 32 * v_block;
     for (int c = 0; c < columns; c += 2) {
       const TileGrid o{m.o + r0 * f.o_stride + c * 16, f.o_stride, 16 * f.o_stride, 16};
       if (c + 1 < columns)
-        accumulate<RT, 2>(o, first, m.prob + from, kProbStride, 16 * kProbStride, 32, v + c * kTile, kTile,
-                          v_block, (to - from) / 32);
+        accumulate<RT, 2>(o, first, prob, f.prob_stride, 16 * f.prob_stride, 32, v + c * kTile, kTile, v_block, count);
       else
-        accumulate<RT, 1>(o, first, m.prob + from, kProbStride, 16 * kProbStride, 32, v + c * kTile, kTile,
-                          v_block, (to - from) / 32);
+        accumulate<RT, 1>(o, first, prob, f.prob_stride, 16 * f.prob_stride, 32, v + c * kTile, kTile, v_block, count);
     }
   }
 
@@ -379,15 +405,52 @@ struct Task {
       score_tiles(a, a_stride, packed, tiles, f.steps, s, kScoreStride);
     }
     softmax_strip(r0, r1, j0, from, to, first);
+    const bf16* values = v + from * f.v_steps * 32;
     if (r1 - r0 > 16)
-      accumulate_strip<2>(r0, v, from, to, first);
+      accumulate_strip<2>(r0, values, m.prob + from, (to - from) / 32, first);
     else
-      accumulate_strip<1>(r0, v, from, to, first);
+      accumulate_strip<1>(r0, values, m.prob + from, (to - from) / 32, first);
     return true;
+  }
+
+  // A narrow strip of rows against all its keys; returns whether any was seen. k, v: the packs of the head.
+  bool narrow_strip(int r0, const bf16* k, const bf16* v) const {
+    const int r1 = r0 + kNarrowStrip < count ? r0 + kNarrowStrip : count;
+    const int64_t lo = m.lo[r0], hi = m.hi[r1 - 1], from = lo & ~31, to = (hi + 31) & ~31;
+    if (lo >= hi) return false;
+    const int keys = static_cast<int>(to - from);
+    // What lies in one piece in the ring of packed keys.
+    const auto for_each_piece = [&](int64_t begin, int64_t end, auto body) {
+      for (int64_t j = begin; j < end;) {
+        const int64_t at = j % f.ring, n = end - j < f.ring - at ? end - j : f.ring - at;
+        body(at, static_cast<int>(j - from), static_cast<int>(n));
+        j += n;
+      }
+    };
+    for_each_piece(lo & ~15, hi, [&](int64_t at, int column, int n) {
+      score_tiles(m.q + r0 * f.steps * 32, f.steps * 32, k + at * f.steps * 32, (n + 15) / 16, f.steps, m.s + column,
+                  f.score_stride);
+    });
+    first_tops(r0, r1, from, 0, keys);
+    for (int r = r0; r < r1; ++r) exponentials(r, from, span(r, from, 0, keys), true);
+    bool first = true;
+    for_each_piece(from, to, [&](int64_t at, int column, int n) {
+      accumulate_strip<1>(r0, v + at * f.v_steps * 32, m.prob + column, n / 32, first);
+      first = false;
+    });
+    return true;
+  }
+
+  void run_narrow(const bf16* k, const bf16* v) {
+    load_rows();
+    bool unseen[kRows / 16];
+    for (int r0 = 0; r0 < count; r0 += kNarrowStrip) unseen[r0 / 16] = !narrow_strip(r0, k, v);
+    finish(unseen);
   }
 
   // k, v: the packs of the whole head, or null: packed here.
   void run(const bf16* k, const bf16* v) {
+    if (f.narrow) return run_narrow(k, v);
     load_rows();
     bool first[kRows / kStrip];
     for (bool& x : first) x = true;
@@ -407,18 +470,20 @@ struct Task {
         if (strip(r0, j0, k_block, v_block, first[r0 / kStrip])) first[r0 / kStrip] = false;
     }
     next.ask_rest();
-    finish(first);
+    bool unseen[kRows / 16];
+    for (int i = 0; i < kRows / 16; ++i) unseen[i] = first[i / (kStrip / 16)];
+    finish(unseen);
   }
 
-  // Sums -> outputs and log-sum-exps; unseen: by strip, no key was seen.
+  // Sums -> outputs and log-sum-exps; unseen: by 16 rows, no key was seen.
   void finish(const bool* unseen) const {
     const Tensor& out = f.p.out;
     float* lse_to = f.p.lse.as<float>() + (b * f.p.heads() + h * f.G) * f.Nq;
     alignas(64) float inverse[16], lse[16];
     for (int r0 = 0; r0 < count; r0 += 16) {
-      const __m512 sum = unseen[r0 / kStrip] ? _mm512_setzero_ps() : reduce16<Add>(m.sum + 16 * r0);
+      const __m512 sum = unseen[r0 / 16] ? _mm512_setzero_ps() : reduce16<Add>(m.sum + 16 * r0);
       const __mmask16 empty = _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_EQ_OQ);
-      _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.f), sum));
+      _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(static_cast<float>(f.modifiers.keep_factor)), sum));
       const __m512 y = (_mm512_load_ps(m.top + r0) + log2(VecF(sum))) * kLn2f;
       _mm512_store_ps(lse, _mm512_mask_mov_ps(y, empty, _mm512_set1_ps(-INFINITY)));
       for (int r = r0; r < r0 + 16 && r < count; ++r) {

@@ -10,50 +10,61 @@ namespace {
 // Where the gradient of the bias of a tile goes: dbias, or a copy of it that is added later.
 template <class F>
 struct TileBiasGradient {
-  F* data = nullptr;  // for the batch and the first head of the group; null: not wanted
+  char* data = nullptr;  // for the batch and the first head of the group; null: not wanted
   int64_t head_stride = 0, query_stride = 0, key_stride = 0;  // 0 or as in dbias; the last is 0 or 1
   BiasSlots slots;
-  bool once = false;  // no other pair adds to an element: it is stored
+  bool once = false;  // no other pair adds to an element: it is stored, in the type of dbias
+  DType dtype = DType::kFloat32;
+  int64_t bytes = sizeof(F);  // of an element
 
   // Zeros for what query i of head g of the group does not see.
   void clear_unseen(int64_t g, int64_t i, int64_t lo, int64_t hi, int64_t n_keys) const {
-    F* row = data + g * head_stride + i * query_stride;
+    char* row = data + (g * head_stride + i * query_stride) * bytes;
     if (lo > hi) lo = hi;
-    memset(row, 0, static_cast<size_t>(lo) * sizeof(F));
-    memset(row + hi, 0, static_cast<size_t>(n_keys - hi) * sizeof(F));
+    memset(row, 0, static_cast<size_t>(lo * bytes));
+    memset(row + hi * bytes, 0, static_cast<size_t>((n_keys - hi) * bytes));
   }
 
   // Asks for the memory that add() changes.
   HK_INLINE void prefetch(const TileRows& tile, int r, int from, int to) const {
     if (!data || key_stride == 0) return;
-    const F* row = row_of(tile, r) + slots.column(tile.query[r], tile.key);
-    HK_ISA::prefetch(row + from, (to - from) * static_cast<int64_t>(sizeof(F)));
+    HK_ISA::prefetch(row_of(tile, r) + (slots.column(tile.query[r], tile.key) + from) * bytes, (to - from) * bytes);
   }
 
   // Adds the dS of row r, keys [from, to), which it sees: all of them have a slot.
   void add(const TileRows& tile, int r, int from, int to, const F* ds) const {
     constexpr int W = kWidth<F>;
-    F* row = row_of(tile, r);
+    F* row = reinterpret_cast<F*>(row_of(tile, r));
+    if (once) {
+      if constexpr (kSame<F, float>) {
+        if (dtype == DType::kBFloat16) return put(reinterpret_cast<BFloat16*>(row) + tile.key, from, to, ds);
+        if (dtype == DType::kFloat16) return put(reinterpret_cast<Float16*>(row) + tile.key, from, to, ds);
+      }
+      return put(row + tile.key, from, to, ds);
+    }
     if (key_stride == 0) {
       Vec<F> sum = zero<F>();
       for (int j = from; j < to; j += W) sum += j + W <= to ? load(ds + j) : load(ds + j, to - j);
-      *row = once ? reduce_add(sum) : *row + reduce_add(sum);
+      *row += reduce_add(sum);
       return;
     }
     row += slots.column(tile.query[r], tile.key);
     int j = from;
-    if (once) {
-      for (; j + W <= to; j += W) store(row + j, load(ds + j));
-      if (j < to) store(row + j, load(ds + j, to - j), to - j);
-      return;
-    }
     for (; j + W <= to; j += W) store(row + j, load(row + j) + load(ds + j));
     if (j < to) store(row + j, load(row + j, to - j) + load(ds + j, to - j), to - j);
   }
 
  private:
-  F* row_of(const TileRows& tile, int r) const {
-    return data + tile.head[r] * head_stride + slots.row(tile.query[r]) * query_stride;
+  template <class T>
+  static void put(T* row, int from, int to, const F* ds) {
+    constexpr int W = kWidth<F>;
+    int j = from;
+    for (; j + W <= to; j += W) store_as<F>(row + j, load(ds + j));
+    if (j < to) store_as<F>(row + j, load(ds + j, to - j), to - j);
+  }
+
+  char* row_of(const TileRows& tile, int r) const {
+    return data + (tile.head[r] * head_stride + slots.row(tile.query[r]) * query_stride) * bytes;
   }
 };
 

@@ -24,14 +24,21 @@ class NextInputs {
   // for long sequences.
   template <int kInputs>
   HK_INLINE void aim(const AttentionParams& p, const Tensor* const (&inputs)[kInputs], int64_t b, int64_t kv_head) {
+    if (++kv_head == p.kv_heads()) {
+      kv_head = 0;
+      ++b;
+    }
+    aim_at(p, inputs, b, kv_head);
+  }
+
+  // Aims at the rows of `inputs` of this (batch, kv head); at nothing if the batch has no such entry, and for long
+  // sequences.
+  template <int kInputs>
+  HK_INLINE void aim_at(const AttentionParams& p, const Tensor* const (&inputs)[kInputs], int64_t b, int64_t kv_head) {
     static_assert(kInputs <= kMost);
     part_ = n_parts_ = 0;
     head_ = column_ = row_ = 0;
-    if (p.n_keys() > kMostRows || p.n_queries() * p.group() > kMostRows) return;
-    if (++kv_head == p.kv_heads()) {
-      kv_head = 0;
-      if (++b == p.batch()) return;
-    }
+    if (p.n_keys() > kMostRows || p.n_queries() * p.group() > kMostRows || b >= p.batch()) return;
     for (const Tensor* t : inputs) {
       const int64_t bytes = t->element_bytes(), row = t->size[3] * bytes;
       const int64_t group = t->size[1] / p.kv_heads(), n = t->size[2];

@@ -96,12 +96,18 @@ struct ScoreModifiers {
     } else {
       memset(row, 0, static_cast<size_t>(n) * sizeof(F));
     }
+    hide_row(b, h, i, j0, n, row);
+  }
+
+  // -inf where the mask or the padding hides the key, the other scores as they are; the same arguments.
+  template <class F>
+  void hide_row(int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, F* scores) const {
     if (mask) {
       const int64_t at = b * mask.stride[0] + h * mask.stride[1] + i * mask.stride[2] + j0 * mask.stride[3];
-      hide(mask.as<uint8_t>() + at, mask.stride[3], n, row);
+      hide(mask.as<uint8_t>() + at, mask.stride[3], n, scores);
     }
     if (padding)
-      hide(padding.as<uint8_t>() + b * padding.stride[0] + j0 * padding.stride[1], padding.stride[1], n, row);
+      hide(padding.as<uint8_t>() + b * padding.stride[0] + j0 * padding.stride[1], padding.stride[1], n, scores);
   }
 
   // Asks for the memory of an additive row.

@@ -110,6 +110,8 @@ class TileModifiers {
       if (!modifiers_.same_for_heads) row += static_cast<int64_t>(tile.head[r]) * kMostTileKeys;
     } else {
       const int n = (end < tile.n_keys ? end : tile.n_keys) - begin;
+      if (!modifiers_.bias)
+        return modifiers_.hide_row(batch_, first_head_ + tile.head[r], tile.query[r], tile.key + begin, n, scores + begin);
       modifiers_.additive_row(batch_, first_head_ + tile.head[r], tile.query[r], tile.key + begin, n, rows_ + begin);
     }
     const F hidden = -static_cast<F>(__builtin_inff());

@@ -166,6 +166,49 @@ void dot_rows(const Rows& a, const Rows& b, int64_t first, int n, int dim, F* su
   }
 }
 
+// scores[r * stride + j] = a(row r) . row first + j, for n rows of a tensor and few of `a`, which are padded with zeros to
+// whole vectors: dot products, where too few rows share a transposition. Asks for rows to come, and for those of `also`.
+template <class F, class T>
+void dot_keys(const Rows& keys, const Rows& also, int64_t first, int n, int dim, const F* a, int64_t a_stride, int a_rows,
+              F* scores, int64_t stride) {
+  constexpr int W = kWidth<F>, kLine = 64 / static_cast<int>(sizeof(T));
+  const T* x = reinterpret_cast<const T*>(keys.data) + first * keys.token_stride;
+  const T* y = reinterpret_cast<const T*>(also.data) + first * also.token_stride;
+  for (int j = 0; j < n; j += W, x += W * keys.token_stride, y += W * also.token_stride) {
+    const int valid = n - j < W ? n - j : W;
+    for (int i = 0; i < valid; ++i)
+      for (int c = 0; c < dim; c += kLine) {
+        __builtin_prefetch(x + (2 * W + i) * keys.token_stride + c);
+        __builtin_prefetch(y + i * also.token_stride + c, 0, 2);
+      }
+    for (int r = 0; r < a_rows; ++r) {
+      Vec<F> sum[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) sum[i] = zero<F>();
+      for (int c = 0; c < dim; c += W) {
+        const Vec<F> factor = load(a + r * a_stride + c);
+        if (valid == W && dim - c >= W) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) sum[i] = fma(load_as<F>(x + i * keys.token_stride + c), factor, sum[i]);
+        } else {
+          const int width = dim - c < W ? dim - c : W;
+          for (int i = 0; i < valid; ++i) sum[i] = fma(load_as<F>(x + i * keys.token_stride + c, width), factor, sum[i]);
+        }
+      }
+      // Halves of all vectors together, until lane i holds the sum of row i.
+#pragma GCC unroll 4
+      for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) {
+          Vec<F> low, high;
+          zip(sum[i], sum[i + half], low, high);
+          sum[i] = low + high;
+        }
+      store(scores + r * stride + j, sum[0]);
+    }
+  }
+}
+
 // The functions above for one storage type; products work on F alone.
 template <class F>
 struct Storage {
@@ -175,11 +218,12 @@ struct Storage {
   void (*transpose)(const Rows&, int64_t, int, int, F, F*, int);
   void (*store)(const Rows&, int64_t, int, int, const F*, int64_t, const F*, int, bool);
   void (*dot)(const Rows&, const Rows&, int64_t, int, int, F*);
+  void (*dot_keys)(const Rows&, const Rows&, int64_t, int, int, const F*, int64_t, int, F*, int64_t);
 };
 template <class F, class T>
 constexpr Storage<F> storage_of() {
   return {kSame<F, T>,   static_cast<int>(sizeof(T)), load_rows<F, T>, transpose_rows<F, T>, store_rows<F, T>,
-          dot_rows<F, T>};
+          dot_rows<F, T>,  dot_keys<F, T>};
 }
 
 // body(storage) with the functions for a type of tensors.

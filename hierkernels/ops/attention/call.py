@@ -64,6 +64,14 @@ class AttentionCall:
         """Query heads for each key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
+    @property
+    def bias_of_pairs(self) -> bool:
+        """Whether each element of the bias belongs to one (query, key) pair of one head."""
+        q, bias = self.q, self.bias
+        if bias is None or self.bias_width:
+            return False
+        return bias.shape == (q.shape[0], q.shape[1], q.shape[2], self.k.shape[2])
+
     def new_outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Uninitialised (out, lse); out takes over q's order of heads and tokens in memory."""
         q = self.q

@@ -46,11 +46,14 @@ def backward(
     bias_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dq, dk, dv, dbias or None)."""
+    q = call.q
     dq, dk, dv = call.new_gradients()
     dbias = None
     if bias_grad:
         assert call.bias is not None
-        dbias = torch.empty(call.bias.shape, dtype=call.lse_dtype)
+        # What is stored once, not summed, needs no wider type than its own.
+        narrow = call.bias_of_pairs and call.bias.element_size() == 2 and q.dtype != torch.float64
+        dbias = torch.empty(call.bias.shape, dtype=call.bias.dtype if narrow else call.lse_dtype)
     dlse = dlse.to(call.lse_dtype).contiguous() if dlse is not None else None
     native().attention_backward(*call.arguments(), out, lse, dout, dlse, dq, dk, dv, dbias)
     return dq, dk, dv, dbias
