@@ -42,10 +42,10 @@ def use_backend(backend: str | None) -> Iterator[None]:
         _forced.pop()
 
 
-def requested_backend(backend: str | None, op: str = "") -> str:
-    """The backend that is asked for by a call of op, "" when the choice is free.
+def requested_backend(backend: str | None, without: tuple[str, ...] = ()) -> str:
+    """The backend that is asked for, "" when the choice is free.
 
-    Where a backend is forced for all operators alike and op has no kernels in it (NO_KERNELS), the
+    `without`: the operator's NO_KERNELS. Where one is forced for all operators alike, the
     choice is free. Asked for by the call itself, it refuses.
     """
     if backend is not None:
@@ -55,7 +55,7 @@ def requested_backend(backend: str | None, op: str = "") -> str:
     else:
         named = os.environ.get("HIERKERNELS_BACKEND", "")
         name = check_backend_name(named, "HIERKERNELS_BACKEND") if named else ""
-    return "" if name in NO_KERNELS.get(op, ()) else name
+    return "" if name in without else name
 
 
 class Choice(NamedTuple):
