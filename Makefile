@@ -1,11 +1,11 @@
-# make bench | test | lint | train | clean; each creates .venv on first use.
+# make bench | test | lint | gpu | train | clean; each creates .venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) setup.py
 
-.PHONY: bench bench-compare test lint compile-gpu cuda-report train build clean
+.PHONY: bench bench-compare bench-gpu gpu test lint compile-gpu cuda-report train build clean
 
 bench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -13,6 +13,14 @@ bench: build
 # The change between a revision and the working tree: make bench-compare BASE=HEAD~1
 bench-compare: build
 	$(BIN)/python -m benchmarks.compare $(BASE)
+
+# On a GPU, ten minutes: attention, gating unit, selected and sparse attention against their peers.
+bench-gpu: build
+	$(BIN)/python -m benchmarks.device
+
+# The first minutes on a GPU: build, tests, compute-sanitizer, tuning, benchmark, with a log each.
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.first_run
 
 test: build
 	$(BIN)/python -m pytest tests

@@ -15,6 +15,7 @@ MIN_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample
 MAX_ROUNDS = 30
 MIN_ROUNDS, SLOW_ROUNDS = 5, 3
 SLOW_S = 0.1  # one such call is estimate enough
+SINGLE_S = 20.0  # of a call that takes as long, the estimate is the only sample
 TINY_GPU_S = 1e-4  # work below this is replayed as a CUDA graph, or launches are all one measures
 
 
@@ -96,16 +97,19 @@ def interleave(
 
     `first` estimates the seconds of a call. Each run has an equal share of the budget, but at least
     MIN_ROUNDS samples (SLOW_ROUNDS if a call is slow); a run with fewer samples than there are
-    rounds has them spread evenly.
+    rounds has them spread evenly. Of a call longer than SINGLE_S its estimate is the only sample.
     """
     loops = {name: loops_for(seconds) for name, seconds in first.items()}
     counts = {}
+    samples = {name: [seconds] if seconds > SINGLE_S else [] for name, seconds in first.items()}
     for name, seconds in first.items():
+        if seconds > SINGLE_S:
+            counts[name] = 0
+            continue
         affordable = int(budget_s / len(runs) / (seconds * loops[name]))
         least = SLOW_ROUNDS if seconds > SLOW_S else MIN_ROUNDS
         counts[name] = max(least, min(MAX_ROUNDS, affordable))
     rounds = max(counts.values(), default=0)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     collecting = gc.isenabled()
     gc.disable()
@@ -114,7 +118,7 @@ def interleave(
             start = turn % len(names)
             for name in names[start:] + names[:start]:
                 due = (turn + 1) * counts[name] // rounds
-                if due > len(samples[name]):
+                if counts[name] and due > len(samples[name]):
                     samples[name].append(clock.sample(runs[name], loops[name]))
     finally:
         if collecting:

@@ -6,6 +6,7 @@ pytest benchmarks --benchmark-only [--op NAME ...] [--full] [--device cpu|cuda] 
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -43,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--save-result",
         action="store_true",
-        help="also write results/<machine>[-<suites>][-full].json, to be committed",
+        help="also write results/<machine>[-<suites>][-<-k>][-full].json, to be committed",
     )
 
 
@@ -136,6 +137,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(f"data: {_shown(path)}   report: {_shown(written)}")
     if config.getoption("save_result"):
         parts = [machine.slug(data["machine_info"]), *(config.getoption("op") or ())]
+        # A part of a suite never takes the place of all of it.
+        parts += re.findall(r"[\w-]+", config.option.keyword)
         parts += ["full"] if config.getoption("full") else []
         saved = HERE / "results" / f"{'-'.join(parts)}.json"
         shutil.copyfile(path, saved)

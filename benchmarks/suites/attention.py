@@ -118,9 +118,9 @@ class AttentionSuite(Suite):
         elif row == "compiled":
             yield Candidate(torch.compile(_eager, dynamic=False, fullgraph=True), inputs)
         elif row == "sdpa":
-            yield from _sdpa(inputs, direction)
+            yield from _sdpa(inputs)
         elif row == "flex":
-            yield _flex(inputs, direction)
+            yield flex_candidate(inputs, direction)
         else:
             raise ValueError(f"unknown row {row!r}")
 
@@ -158,7 +158,7 @@ def _eager(inputs: Inputs) -> torch.Tensor:
     return reference.attention(inputs.call())[0]
 
 
-def _tokens_first(inputs: Inputs) -> Inputs:
+def tokens_first(inputs: Inputs) -> Inputs:
     """The same values with the memory order (B, N, H, D)."""
     q, k, v, dout = (
         t.transpose(1, 2).contiguous().transpose(1, 2)
@@ -180,7 +180,7 @@ def _visible(inputs: Inputs) -> torch.Tensor | None:
     return visible
 
 
-def _sdpa(inputs: Inputs, direction: str) -> Iterator[Candidate]:
+def sdpa_function(inputs: Inputs) -> Function:
     """F.scaled_dot_product_attention: is_causal where that says it all, else one merged mask.
 
     The mask is made outside of the timing, except where the bias needs a gradient.
@@ -206,18 +206,24 @@ def _sdpa(inputs: Inputs, direction: str) -> Iterator[Candidate]:
             mask = _merge(i.bias, visible)
         return F.scaled_dot_product_attention(i.q, i.k, i.v, attn_mask=mask, **options)
 
+    return attend
+
+
+def _sdpa(inputs: Inputs) -> Iterator[Candidate]:
+    attend = sdpa_function(inputs)
     yield Candidate(attend, inputs, "heads first")
-    yield Candidate(attend, _tokens_first(inputs), "tokens first")
+    yield Candidate(attend, tokens_first(inputs), "tokens first")
     if inputs.q.is_cuda:
         for kernel in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
-            yield Candidate(_with_kernel(attend, kernel), _tokens_first(inputs), kernel.lower())
+            yield Candidate(with_kernel(attend, kernel), tokens_first(inputs), kernel.lower())
 
 
 def _merge(bias: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     return bias if visible is None else bias.masked_fill(~visible, float("-inf"))
 
 
-def _with_kernel(function: Function, kernel: str) -> Function:
+def with_kernel(function: Function, kernel: str) -> Function:
+    """The function with one of F.scaled_dot_product_attention's kernels, a name of SDPBackend."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def attend(i: Inputs) -> torch.Tensor:
@@ -227,7 +233,7 @@ def _with_kernel(function: Function, kernel: str) -> Function:
     return attend
 
 
-def _flex(inputs: Inputs, direction: str) -> Candidate:
+def flex_candidate(inputs: Inputs, direction: str) -> Candidate:
     """Compiled flex_attention; its block mask is made outside of the timing."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

@@ -46,7 +46,7 @@ class SelectedProblem(OpProblem):
         return own.check(candidate, direction)
 
     def dense_standard(self) -> Standard:
-        last = _last_queries(self.inputs, self.judged)
+        last = last_queries(self.inputs, self.judged)
         c = last.case
         case = dense_spec.Case(c.name, c.B, c.Hq, c.Hkv, c.Nq, c.Nk, c.D, c.Dv, is_causal=True)
         return dense_testing.make_standard(
@@ -56,7 +56,7 @@ class SelectedProblem(OpProblem):
         )
 
 
-def _last_queries(inputs: Inputs, judged: slice | torch.Tensor) -> Inputs:
+def last_queries(inputs: Inputs, judged: slice | torch.Tensor) -> Inputs:
     """The problem of some queries at the end: their positions stay what they are."""
     q, dout, indices = (t[:, :, judged] for t in (inputs.q, inputs.dout, inputs.indices))
     case = replace(inputs.case, Nq=q.shape[2])
@@ -115,7 +115,7 @@ class SelectedAttentionSuite(Suite):
         inputs = self.inputs(case, dtype, device)
         count = max(8, min(case.Nq, JUDGED_SCORES // (case.B * case.Hq * case.Nk)))
         judged = slice(case.Nq - count, case.Nq)
-        standard = testing.make_standard(_last_queries(inputs, judged))
+        standard = testing.make_standard(last_queries(inputs, judged))
         return SelectedProblem(inputs, standard, {"out": 2, "dq": 2}, judged)
 
     def candidates(self, row: str, inputs: Inputs, direction: str) -> Iterator[Candidate]:

@@ -117,6 +117,19 @@ def test_wgmma(
     assert torch.equal(out, c + a.float() @ b.float())
 
 
+# ---- registers ----
+
+
+def test_registers_that_warpgroups_give_and_take(emulation: ModuleType) -> None:
+    emulation.probe_registers(emulation.RegisterFault.none)
+    for fault, words in (
+        ("too_many", "more registers than there are"),
+        ("one_warp", "not the same"),
+    ):
+        with pytest.raises(RuntimeError, match=f"registers, .*setmaxnreg: {words}"):
+            emulation.probe_registers(getattr(emulation.RegisterFault, fault))
+
+
 # ---- a pipeline, right and with planted faults ----
 
 

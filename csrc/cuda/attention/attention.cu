@@ -47,34 +47,29 @@ AttentionArgs make_args(const AttentionParams& p) {
   return a;
 }
 
-template <class S>
-KernelInfo info(const char* kernel, const std::string& arguments) {
-  return {std::string("attention_") + kernel + "_kernel<" + arguments + ">", S::kThreads, S::kShared};
+// A kernel holds the bodies of both widths of numbers: what the larger one takes.
+template <template <class, int> class Shape, int kDim>
+KernelInfo info(const char* kernel) {
+  const int wide = Shape<float, kDim>::kShared, narrow = Shape<Number16, kDim>::kShared;
+  return {std::string("attention_") + kernel + "_kernel<" + std::to_string(kDim) + ">", kAttentionThreads,
+          wide > narrow ? wide : narrow};
 }
 
-template <class T, int kDim>
-void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
-  const std::string arguments = type + ", " + std::to_string(kDim);
-  to.push_back(info<ForwardShape<T, kDim>>("forward", arguments));
-  to.push_back(info<QueryGradientShape<T, kDim>>("query_gradient", arguments));
-  to.push_back(info<KeyGradientShape<T, kDim>>("key_gradient", arguments));
-}
-
-template <class T>
-void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
-  add_kernels<T, 64>(to, type);
-  add_kernels<T, 128>(to, type);
-  add_kernels<T, 256>(to, type);
-  to.push_back(info<BiasGradientShape<T>>("bias_gradient", type));
+template <int kDim>
+void add_kernels(std::vector<KernelInfo>& to) {
+  to.push_back(info<ForwardShape, kDim>("forward"));
+  to.push_back(info<QueryGradientShape, kDim>("query_gradient"));
+  to.push_back(info<KeyGradientShape, kDim>("key_gradient"));
 }
 
 }  // namespace
 
 std::vector<KernelInfo> attention_kernels() {
-  std::vector<KernelInfo> kernels{{"attention_delta_kernel", kDeltaThreads, 0}};
-  add_kernels<BFloat16>(kernels, "BFloat16");
-  add_kernels<Float16>(kernels, "Float16");
-  add_kernels<float>(kernels, "float");
+  std::vector<KernelInfo> kernels{{"attention_delta_kernel", kDeltaThreads, 0},
+                                  {"attention_bias_gradient_kernel", kAttentionThreads, BiasGradientShape<float>::kShared}};
+  add_kernels<64>(kernels);
+  add_kernels<128>(kernels);
+  add_kernels<256>(kernels);
   for (const KernelInfo& k : hopper_attention_kernels()) kernels.push_back(k);
   return kernels;
 }

@@ -94,7 +94,7 @@ struct BiasGradient {
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncthreads();  // every thread's part is there
-      add_product_of_rows<T, kSteps, TileT::kStride>(sums, left + threadIdx.x / kWarp * 16 * TileT::kStride, right);
+      add_product_of_rows<T, kSteps, TileT::kStride>(sums, left + threadIdx.x / kWarp * 16 * TileT::kStride, right, p.q.dtype);
       __syncthreads();  // all have read it: it may be written
     }
   }
@@ -155,8 +155,7 @@ struct BiasGradient {
 };
 
 template <class T>
-__global__ void __launch_bounds__(BiasGradientShape<T>::kThreads, 2)
-    attention_bias_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+__device__ __forceinline__ void compute(const AttentionArgs& p) {
   using B = BiasGradient<T>;
   using S = typename B::S;
   const Visits all(p, S::kRows, S::kKeys);
@@ -175,11 +174,15 @@ __global__ void __launch_bounds__(BiasGradientShape<T>::kThreads, 2)
   B::store(p, tile, p.dbias + slice * elements, sums);
 }
 
+__global__ void __launch_bounds__(kAttentionThreads, 2) attention_bias_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type)>(p); });
+}
+
 template <class T>
 void run(const AttentionArgs& p, void* stream) {
   using S = BiasGradientShape<T>;
   const int64_t blocks = Visits::product(Visits(p, S::kRows, S::kKeys).tiles) * p.slices;
-  launch("attention_bias_gradient", attention_bias_gradient_kernel<T>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("attention_bias_gradient", attention_bias_gradient_kernel, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 }  // namespace
@@ -194,9 +197,8 @@ int attention_bias_gradient_slices(const AttentionArgs& p) {
 }
 
 void run_attention_bias_gradient(const AttentionArgs& p, DType dtype, void* stream) {
-  if (dtype == DType::kBFloat16) return run<BFloat16>(p, stream);
-  if (dtype == DType::kFloat16) return run<Float16>(p, stream);
-  run<float>(p, stream);
+  if (dtype == DType::kFloat32) return run<float>(p, stream);
+  run<Number16>(p, stream);
 }
 
 }  // namespace hierkernels::cuda

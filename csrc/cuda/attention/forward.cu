@@ -13,6 +13,8 @@ struct Forward {
   using TileT = Tile<T, kDim>;
   static constexpr int kKeyTiles = S::kKeys / 8, kSteps = kDim * static_cast<int>(sizeof(T)) / kStepBytes;
   static constexpr int kRowsPerLane = 2 * S::kM;  // row x is at tile x / 2, half x % 2
+  static constexpr int kColumns = kDim / S::kSplit;  // of the output in a warp
+  using Output = Sums<S::kM, kColumns / 8>;
 
   struct RowState {
     float top[kRowsPerLane];    // the largest score so far
@@ -43,7 +45,7 @@ struct Forward {
   }
 
   // Scores to probabilities, relative to the new largest score, to which what was summed is adapted.
-  static __device__ __forceinline__ void exponentiate(Sums<S::kM, kKeyTiles>& s, Sums<S::kM, kDim / 8>& acc, RowState& state) {
+  static __device__ __forceinline__ void exponentiate(Sums<S::kM, kKeyTiles>& s, Output& acc, RowState& state) {
 #pragma unroll
     for (int x = 0; x < kRowsPerLane; ++x) {
       float top = state.top[x];
@@ -65,7 +67,7 @@ struct Forward {
         }
       state.total[x] = state.total[x] * shrink + total;
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n)
+      for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) acc.x[x / 2][n][x % 2 * 2 + e] *= shrink;
     }
@@ -94,8 +96,7 @@ struct Forward {
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(ForwardShape<T, kDim>::kThreads, ForwardShape<T, kDim>::kBlocksPerSM)
-    attention_forward_kernel(const __grid_constant__ AttentionArgs p) {
+__device__ __forceinline__ void compute(const AttentionArgs& p) {
   using F = Forward<T, kDim>;
   using S = typename F::S;
   using TileT = typename F::TileT;
@@ -104,7 +105,8 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim>::kThreads, ForwardShape<
   unsigned char* const v_tiles = k_tiles + 2 * TileT::bytes(S::kKeys);
 
   const TileOfRows tile = tile_of_rows<S::kRows>(p);
-  const int item0 = tile.item0, row0 = tile.row0, warp_row0 = row0 + threadIdx.x / kWarp * 16 * S::kM;
+  const int item0 = tile.item0, row0 = tile.row0, warp_row0 = row0 + threadIdx.x / kWarp % S::kWarps * 16 * S::kM;
+  const int part = S::kSplit == 1 ? 0 : first_column<S::kWarps, F::kColumns>();
   const auto copy_keys = [&](int n0, int stage) {
     const auto row = [&](const Rows& t) {
       return [&](int r) { return row_address<const T>(t, key_at(p, item0, n0 + r)); };
@@ -128,9 +130,10 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim>::kThreads, ForwardShape<
     seen[x] = keys_of(p, query_at(p, item0, warp_row0 + sums_row(x / 2, x % 2 * 2)));
   }
   const uint64_t seed = p.seed ? static_cast<uint64_t>(*p.seed) : 0;
-  Sums<S::kM, kDim / 8> acc;
+  typename F::Output acc;
   clear(acc);
 
+  const int part_offset = part * static_cast<int>(sizeof(T));
   int stage = 0;
   for (int n0 = keys.visit.begin; n0 < keys.visit.end; n0 += S::kKeys, stage ^= 1) {
     if (n0 + S::kKeys < keys.visit.end) copy_keys(n0 + S::kKeys, stage ^ 1);
@@ -140,13 +143,13 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim>::kThreads, ForwardShape<
     Sums<S::kM, F::kKeyTiles> s;
     clear(s);
     add_product_of_rows<T, F::kSteps, TileT::kStride>(s, q_tile + (warp_row0 - row0) * TileT::kStride,
-                                                      k_tiles + stage * TileT::bytes(S::kKeys));
+                                                      k_tiles + stage * TileT::bytes(S::kKeys), p.q.dtype);
     // Rows that only fill up the tile have no modifiers to read.
     const bool inside = !p.modified && n0 >= keys.inside.begin && n0 + S::kKeys <= keys.inside.end;
     F::make_scores(p, s, item0, warp_row0, seen, n0, inside);
     F::exponentiate(s, acc, state);
     if (p.seed) F::drop(p, s, seed, item0, warp_row0, seen, n0);
-    add_product_of_sums<T, TileT::kStride>(acc, s, v_tiles + stage * TileT::bytes(S::kKeys));
+    add_product_of_sums<T, TileT::kStride>(acc, s, v_tiles + stage * TileT::bytes(S::kKeys) + part_offset, p.q.dtype);
     __syncthreads();          // all have read the tile: its stage may be written
   }
   ptx::cp_async_wait<0>();
@@ -158,15 +161,22 @@ __global__ void __launch_bounds__(ForwardShape<T, kDim>::kThreads, ForwardShape<
     total += __shfl_xor_sync(kAllLanes, total, 2);
     const float factor = total == 0.f ? 0.f : p.dropout_scale / total;
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n)
+    for (int n = 0; n < F::kColumns / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) acc.x[x / 2][n][x % 2 * 2 + e] *= factor;
     const Query q = query_at(p, item0, warp_row0 + sums_row(x / 2, x % 2 * 2));
-    if (q.real && threadIdx.x % 4 == 0) p.lse[lse_index(p, q)] = total == 0.f ? -infinity() : state.top[x] + logf(total);
+    if (q.real && part == 0 && threadIdx.x % 4 == 0) p.lse[lse_index(p, q)] = total == 0.f ? -infinity() : state.top[x] + logf(total);
   }
-  store_rows<T>(p.out, acc, 1.f, [&](int m, int half) {
+  const auto row = [&](int m, int half) {
     return row_address<T>(p.out, query_at(p, item0, warp_row0 + sums_row(m, 2 * half)));
-  });
+  };
+  store_rows<T>(p.out, acc, 1.f, row, part);
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, ForwardShape<Number16, kDim>::kBlocksPerSM)
+    attention_forward_kernel(const __grid_constant__ AttentionArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
 }
 
 template <class T, int kDim>
@@ -174,7 +184,7 @@ void run(AttentionArgs p, void* stream) {
   using S = ForwardShape<T, kDim>;
   p.items_per_tile = items_in_tile(p, S::kRows, S::kKeys);
   const int64_t blocks = count_blocks(p, p.rows_per_item, S::kRows);
-  launch("attention_forward", attention_forward_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("attention_forward", attention_forward_kernel<kDim>, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 }  // namespace

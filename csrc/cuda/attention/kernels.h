@@ -21,7 +21,7 @@ inline int padded_channels(const AttentionArgs& p) {
 
 // run<T, kDim>(...) for a type and a width.
 #define HIERKERNELS_CUDA_DISPATCH(dtype, channels, run, ...)                  \
-  const auto with_type = [&](auto type) {                                     \
+  const auto of_type = [&](auto type) {                                       \
     using T = decltype(type);                                                 \
     switch (channels) {                                                       \
       case 64:                                                                \
@@ -32,9 +32,8 @@ inline int padded_channels(const AttentionArgs& p) {
         return run<T, 256>(__VA_ARGS__);                                      \
     }                                                                         \
   };                                                                          \
-  if (dtype == DType::kBFloat16) return with_type(BFloat16{});                \
-  if (dtype == DType::kFloat16) return with_type(Float16{});                  \
-  return with_type(float{})
+  if (dtype == DType::kFloat32) return of_type(float{});                   \
+  return of_type(Number16{})
 
 // How many items share a tile of `rows` rows and `keys` keys: several only if all their keys are in that one tile.
 inline int items_in_tile(const AttentionArgs& p, int rows, int keys) {

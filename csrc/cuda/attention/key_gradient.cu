@@ -46,8 +46,7 @@ __device__ __forceinline__ void score_gradients(const AttentionArgs& p, Sums<1, 
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kThreads, KeyGradientShape<T, kDim>::kBlocksPerSM)
-    attention_key_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+__device__ __forceinline__ void compute(const AttentionArgs& p) {
   using S = KeyGradientShape<T, kDim>;
   using TileT = Tile<T, kDim>;
   constexpr int kRowTiles = S::kRows / 8, kSteps = kDim * static_cast<int>(sizeof(T)) / kStepBytes;
@@ -61,7 +60,7 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kThreads, KeyGradie
   const TileOfKeys tile = tile_of_keys<S::kKeys>(p);
   const int item0 = tile.item0, key0 = tile.key0;
   const int warp = threadIdx.x / kWarp, warp_key0 = key0 + warp % S::kKeyWarps * 16;
-  const int part = warp / S::kKeyWarps * kColumns;
+  const int part = first_column<S::kKeyWarps, kColumns>();
   const auto copy_keys = [&](unsigned char* to, const Rows& t) {
     copy_rows<T, S::kKeys, kDim, S::kThreads>(
         to, t, [&](int r) { return row_address<const T>(t, key_at(p, item0, key0 + r)); });
@@ -109,12 +108,12 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kThreads, KeyGradie
     Sums<1, kRowTiles> s, dp;
     clear(s);
     clear(dp);
-    add_product_of_rows<T, kSteps, TileT::kStride>(s, k_tile + warp_offset, q_tile);
-    add_product_of_rows<T, kSteps, TileT::kStride>(dp, v_tile + warp_offset, dout_tile);
+    add_product_of_rows<T, kSteps, TileT::kStride>(s, k_tile + warp_offset, q_tile, p.q.dtype);
+    add_product_of_rows<T, kSteps, TileT::kStride>(dp, v_tile + warp_offset, dout_tile, p.q.dtype);
     const bool inside = !p.modified && m0 >= rows.inside.begin && m0 + S::kRows <= rows.inside.end;
     score_gradients(p, s, dp, seen, level, level + S::kRows, seed, item0, warp_key0, m0, inside);
-    add_product_of_sums<T, TileT::kStride>(dv, s, dout_tile + part_offset);
-    add_product_of_sums<T, TileT::kStride>(dk, dp, q_tile + part_offset);
+    add_product_of_sums<T, TileT::kStride>(dv, s, dout_tile + part_offset, p.q.dtype);
+    add_product_of_sums<T, TileT::kStride>(dk, dp, q_tile + part_offset, p.q.dtype);
     __syncthreads();         // all have read the tile: its stage may be written
   }
   ptx::cp_async_wait<0>();
@@ -125,12 +124,18 @@ __global__ void __launch_bounds__(KeyGradientShape<T, kDim>::kThreads, KeyGradie
   store_rows<T>(p.dv, dv, p.dropout_scale, row(p.dv), part);
 }
 
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, KeyGradientShape<Number16, kDim>::kBlocksPerSM)
+    attention_key_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
+}
+
 template <class T, int kDim>
 void run(AttentionArgs p, void* stream) {
   using S = KeyGradientShape<T, kDim>;
   p.items_per_tile = items_in_tile(p, S::kRows, S::kKeys);
   const int64_t blocks = count_blocks(p, p.n_keys, S::kKeys);
-  launch("attention_key_gradient", attention_key_gradient_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("attention_key_gradient", attention_key_gradient_kernel<kDim>, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 }  // namespace

@@ -47,18 +47,19 @@ __device__ __forceinline__ void score_gradients(const AttentionArgs& p, Sums<kM,
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kThreads, QueryGradientShape<T, kDim>::kBlocksPerSM)
-    attention_query_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+__device__ __forceinline__ void compute(const AttentionArgs& p) {
   using S = QueryGradientShape<T, kDim>;
   using TileT = Tile<T, kDim>;
   constexpr int kKeyTiles = S::kKeys / 8, kSteps = kDim * static_cast<int>(sizeof(T)) / kStepBytes;
+  constexpr int kColumns = kDim / S::kSplit;  // of dQ in a warp
   unsigned char* const q_tile = shared_memory();
   unsigned char* const dout_tile = q_tile + TileT::bytes(S::kRows);
   unsigned char* const k_tiles = dout_tile + TileT::bytes(S::kRows);
   unsigned char* const v_tiles = k_tiles + 2 * TileT::bytes(S::kKeys);
 
   const TileOfRows tile = tile_of_rows<S::kRows>(p);
-  const int item0 = tile.item0, row0 = tile.row0, warp_row0 = row0 + threadIdx.x / kWarp * 16 * S::kM;
+  const int item0 = tile.item0, row0 = tile.row0, warp_row0 = row0 + threadIdx.x / kWarp % S::kWarps * 16 * S::kM;
+  const int part = S::kSplit == 1 ? 0 : first_column<S::kWarps, kColumns>();
   const auto copy_queries = [&](unsigned char* to, const Rows& t) {
     copy_rows<T, S::kRows, kDim, S::kThreads>(
         to, t, [&](int r) { return row_address<const T>(t, query_at(p, item0, row0 + r)); });
@@ -86,10 +87,10 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kThreads, QueryGr
     rows[x] = {keys_of(p, q), lse == -infinity() ? infinity() : lse, q.real ? p.delta[lse_index(p, q)] : 0.f};
   }
   const uint64_t seed = p.seed ? static_cast<uint64_t>(*p.seed) : 0;
-  Sums<S::kM, kDim / 8> acc;
+  Sums<S::kM, kColumns / 8> acc;
   clear(acc);
 
-  const int warp_offset = (warp_row0 - row0) * TileT::kStride;
+  const int warp_offset = (warp_row0 - row0) * TileT::kStride, part_offset = part * static_cast<int>(sizeof(T));
   int stage = 0;
   for (int n0 = keys.visit.begin; n0 < keys.visit.end; n0 += S::kKeys, stage ^= 1) {
     if (n0 + S::kKeys < keys.visit.end) copy_stage(n0 + S::kKeys, stage ^ 1);
@@ -101,18 +102,25 @@ __global__ void __launch_bounds__(QueryGradientShape<T, kDim>::kThreads, QueryGr
     Sums<S::kM, kKeyTiles> s, dp;
     clear(s);
     clear(dp);
-    add_product_of_rows<T, kSteps, TileT::kStride>(s, q_tile + warp_offset, k_tile);
-    add_product_of_rows<T, kSteps, TileT::kStride>(dp, dout_tile + warp_offset, v_tile);
+    add_product_of_rows<T, kSteps, TileT::kStride>(s, q_tile + warp_offset, k_tile, p.q.dtype);
+    add_product_of_rows<T, kSteps, TileT::kStride>(dp, dout_tile + warp_offset, v_tile, p.q.dtype);
     // Rows that only fill up the tile have no modifiers to read.
     const bool inside = !p.modified && n0 >= keys.inside.begin && n0 + S::kKeys <= keys.inside.end;
     score_gradients(p, s, dp, rows, seed, item0, warp_row0, n0, inside);
-    add_product_of_sums<T, TileT::kStride>(acc, s, k_tile);
+    add_product_of_sums<T, TileT::kStride>(acc, s, k_tile + part_offset, p.q.dtype);
     __syncthreads();         // all have read the tile: its stage may be written
   }
   ptx::cp_async_wait<0>();
-  store_rows<T>(p.dq, acc, p.scale, [&](int m, int half) {
+  const auto row = [&](int m, int half) {
     return row_address<T>(p.dq, query_at(p, item0, warp_row0 + sums_row(m, 2 * half)));
-  });
+  };
+  store_rows<T>(p.dq, acc, p.scale, row, part);
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, QueryGradientShape<Number16, kDim>::kBlocksPerSM)
+    attention_query_gradient_kernel(const __grid_constant__ AttentionArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
 }
 
 template <class T, int kDim>
@@ -120,7 +128,7 @@ void run(AttentionArgs p, void* stream) {
   using S = QueryGradientShape<T, kDim>;
   p.items_per_tile = items_in_tile(p, S::kRows, S::kKeys);
   const int64_t blocks = count_blocks(p, p.rows_per_item, S::kRows);
-  launch("attention_query_gradient", attention_query_gradient_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("attention_query_gradient", attention_query_gradient_kernel<kDim>, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 }  // namespace

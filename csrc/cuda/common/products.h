@@ -4,7 +4,7 @@
 // products of these keep its 22 upper bits; each step's sum is added in float32, as tensor cores cut sums off.
 #pragma once
 #include "../../common/anywhere.h"
-#include "ptx.h"
+#include "numbers.h"
 
 namespace hierkernels::cuda {
 
@@ -78,10 +78,8 @@ __device__ __forceinline__ void load_words(Words<T, 4>& words, const unsigned ch
   }
 }
 
-// sums += A B^T over kSteps steps along the rows: A's 16 kM rows from `a` on, B's 8 kN rows from `b` on, both tiles
-// in shared memory with rows of kStride bytes. kN is even.
 template <class T, int kSteps, int kStride, int kM, int kN>
-__device__ __forceinline__ void add_product_of_rows(Sums<kM, kN>& sums, const unsigned char* a, const unsigned char* b) {
+__device__ __forceinline__ void add_typed_product_of_rows(Sums<kM, kN>& sums, const unsigned char* a, const unsigned char* b) {
   static_assert(kN % 2 == 0);
   const int lane = threadIdx.x % kWarp;
   a += lane % 16 * kStride + lane / 16 * 16;
@@ -105,12 +103,18 @@ __device__ __forceinline__ void add_product_of_rows(Sums<kM, kN>& sums, const un
   }
 }
 
-// sums += A B: A is `a` rounded to T, 16 kM rows of 8 kK columns; B's 8 kK rows from `b` on, 8 kN columns.
-//
+// sums += A B^T over kSteps steps along the rows: A's 16 kM rows from `a` on, B's 8 kN rows from `b` on, both tiles
+// in shared memory with rows of kStride bytes. kN is even.
+template <class T, int kSteps, int kStride, int kM, int kN>
+__device__ __forceinline__ void add_product_of_rows(Sums<kM, kN>& sums, const unsigned char* a, const unsigned char* b,
+                                                    DType dtype) {
+  with_type<T>(dtype, [&](auto type) { add_typed_product_of_rows<decltype(type), kSteps, kStride>(sums, a, b); });
+}
+
 // A's sums have the layout of an operand already: of 16-bit numbers as they are, of float32 with the columns in
 // another order (2t where the operand has t, 2t + 1 where it has t + 4), which B's rows then follow.
 template <class T, int kStride, int kM, int kK, int kN>
-__device__ __forceinline__ void add_product_of_sums(Sums<kM, kN>& sums, const Sums<kM, kK>& a, const unsigned char* b) {
+__device__ __forceinline__ void add_typed_product_of_sums(Sums<kM, kN>& sums, const Sums<kM, kK>& a, const unsigned char* b) {
   static_assert(kK % 2 == 0 && kN % 2 == 0);
   const int lane = threadIdx.x % kWarp;
   if constexpr (sizeof(T) == 4) {
@@ -157,6 +161,13 @@ __device__ __forceinline__ void add_product_of_sums(Sums<kM, kN>& sums, const Su
       }
     }
   }
+}
+
+// sums += A B: A is `a` rounded to T, 16 kM rows of 8 kK columns; B's 8 kK rows from `b` on, 8 kN columns.
+template <class T, int kStride, int kM, int kK, int kN>
+__device__ __forceinline__ void add_product_of_sums(Sums<kM, kN>& sums, const Sums<kM, kK>& a, const unsigned char* b,
+                                                    DType dtype) {
+  with_type<T>(dtype, [&](auto type) { add_typed_product_of_sums<decltype(type), kStride>(sums, a, b); });
 }
 
 }  // namespace hierkernels::cuda

@@ -2,7 +2,6 @@
 #pragma once
 #include <cstring>
 
-#include "../../common/tensor.h"
 #include "products.h"
 
 namespace hierkernels::cuda {
@@ -14,13 +13,14 @@ struct Rows {
   int channels;
   bool aligned;                  // every row starts at a multiple of 16 bytes: cp.async can copy it
   bool paired;                   // ... at a multiple of two elements: they can be stored in twos
+  DType dtype;
 
   template <class T>
   HIERKERNELS_ANYWHERE T* at(int b, int h, int64_t i) const {
     return reinterpret_cast<T*>(data) + b * batch + h * head + i * token;
   }
   static Rows of(const Tensor& t) {
-    Rows r{static_cast<unsigned char*>(t.data), t.stride[0], t.stride[1], t.stride[2], static_cast<int>(t.size[3]), true, true};
+    Rows r{static_cast<unsigned char*>(t.data), t.stride[0], t.stride[1], t.stride[2], static_cast<int>(t.size[3]), true, true, t.dtype};
     const uint64_t size = static_cast<uint64_t>(t.element_bytes());
     uint64_t offsets = reinterpret_cast<uint64_t>(t.data);
     for (int d = 0; d < 3; ++d)
@@ -90,11 +90,11 @@ __device__ __forceinline__ void store_rows(const Rows& to, const Sums<kM, kN>& s
             };
             *reinterpret_cast<Pair*>(out + column) = {x, y};
           } else {
-            *reinterpret_cast<uint32_t*>(out + column) = ptx::pack<T>(x, y);
+            *reinterpret_cast<uint32_t*>(out + column) = pack(x, y, to.dtype);
           }
         } else {
-          out[column] = ptx::from_float<T>(x);
-          if (column + 1 < to.channels) out[column + 1] = ptx::from_float<T>(y);
+          out[column] = from_float<T>(x, to.dtype);
+          if (column + 1 < to.channels) out[column + 1] = from_float<T>(y, to.dtype);
         }
       }
     }

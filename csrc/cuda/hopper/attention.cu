@@ -64,10 +64,9 @@ int plan_tiles(HopperArgs& p, int length, int size, int64_t bytes) {
 
 std::vector<KernelInfo> hopper_attention_kernels() {
   std::vector<KernelInfo> kernels;
-  for (const char* type : {"BFloat16", "Float16"})
-    for (const int dim : {64, 128})
-      for (const auto info : {hopper_forward_info, hopper_query_gradient_info, hopper_key_gradient_info})
-        kernels.push_back(info(type, dim));
+  for (const int dim : {64, 128})
+    for (const auto info : {hopper_forward_info, hopper_query_gradient_info, hopper_key_gradient_info})
+      kernels.push_back(info(dim));
   return kernels;
 }
 

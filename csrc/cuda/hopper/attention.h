@@ -28,23 +28,21 @@ inline int64_t row_bytes(const HopperArgs& p) { return int64_t{4} * p.rows * p.p
 
 // What the report lists of a kernel with such shapes of 64 and 128 channels.
 template <template <int> class Shape>
-KernelInfo hopper_info(const char* kernel, const std::string& type, int dim) {
+KernelInfo hopper_info(const char* kernel, int dim) {
   const bool small = dim == 64;
-  return {std::string("hopper_attention_") + kernel + "_kernel<" + type + ", " + std::to_string(dim) + ">",
+  return {std::string("hopper_attention_") + kernel + "_kernel<" + std::to_string(dim) + ">",
           small ? Shape<64>::kThreads : Shape<128>::kThreads, small ? Shape<64>::kShared : Shape<128>::kShared};
 }
-KernelInfo hopper_forward_info(const std::string& type, int dim);
-KernelInfo hopper_query_gradient_info(const std::string& type, int dim);
-KernelInfo hopper_key_gradient_info(const std::string& type, int dim);
+KernelInfo hopper_forward_info(int dim);
+KernelInfo hopper_query_gradient_info(int dim);
+KernelInfo hopper_key_gradient_info(int dim);
 
-// run<T, kDim>(...) for a call's type and channels; false for all others.
-#define HIERKERNELS_HOPPER_DISPATCH(run, p, ...)                                                               \
-  [&] {                                                                                                        \
-    if ((p).q.dtype == DType::kBFloat16 && (p).dim() == 64) return run<BFloat16, 64>(p, __VA_ARGS__);          \
-    if ((p).q.dtype == DType::kBFloat16 && (p).dim() == 128) return run<BFloat16, 128>(p, __VA_ARGS__);        \
-    if ((p).q.dtype == DType::kFloat16 && (p).dim() == 64) return run<Float16, 64>(p, __VA_ARGS__);            \
-    if ((p).q.dtype == DType::kFloat16 && (p).dim() == 128) return run<Float16, 128>(p, __VA_ARGS__);          \
-    return false;                                                                                              \
+// run<kDim>(...) for a call's channels; false for all others, and for float32.
+#define HIERKERNELS_HOPPER_DISPATCH(run, p, ...)                   \
+  [&] {                                                            \
+    if ((p).q.element_bytes() != 2) return false;                  \
+    if ((p).dim() == 64) return run<64>(p, __VA_ARGS__);           \
+    return (p).dim() == 128 ? run<128>(p, __VA_ARGS__) : false;    \
   }()
 
 }  // namespace hierkernels::cuda

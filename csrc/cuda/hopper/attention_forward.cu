@@ -4,9 +4,7 @@
 // before. And warpgroups take turns in issuing them, so that one's softmax falls into another's products. (After
 // FlashAttention-3, Shah et al. 2024, section 3.)
 #include "../attention/scores.h"
-#include "../common/launch.h"
-#include "attention.h"
-#include "tensor_map.h"
+#include "roles.h"
 
 namespace hierkernels::cuda {
 namespace {
@@ -201,45 +199,37 @@ __device__ void consume(const HopperArgs& p, const Memory<kDim>& m, int group, i
   }
 }
 
-template <class T, int kDim>
+template <int kDim>
 __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
     hopper_attention_forward_kernel(const __grid_constant__ HopperArgs p) {
   using S = Shape<kDim>;
   const Memory<kDim> m;
-  if (threadIdx.x == 0) {
+  const int total = p.items * p.tiles_per_item;
+  const auto initialise = [&] {
     m.query_ring.initialise(S::kConsumers);
     m.key_ring.initialise(S::kConsumers);
     m.value_ring.initialise(S::kConsumers);
-    ptx::fence_mbarrier_init();
-  }
-  __syncthreads();
-  const int total = p.items * p.tiles_per_item;
-  const int group = warpgroup();
-  if (group == 0) {
-    ptx::give_registers<S::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<kDim>(p, m, total);
-  } else {
-    ptx::take_registers<S::kConsumerRegisters>();
-    consume<T, kDim>(p, m, group - 1, total);
-  }
+  };
+  const auto consume_as = [&](int group) {
+    with_type<Number16>(p.out.dtype, [&](auto type) { consume<decltype(type), kDim>(p, m, group, total); });
+  };
+  take_roles<S>(1, initialise, [&] { produce<kDim>(p, m, total); }, consume_as);
 }
 
-template <class T, int kDim>
+template <int kDim>
 bool run(const AttentionParams& params, void* stream) {
   using S = Shape<kDim>;
   HopperArgs p;
   if (!make_hopper_args(p, params, S::kRows, S::kKeys)) return false;
-  const int total = plan_tiles(p, p.rows, S::kRows, key_bytes(p) / p.packs);
-  const int blocks = total < multiprocessors() ? total : multiprocessors();
-  launch("hopper_attention_forward", hopper_attention_forward_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream,
-         p);
+  launch_tiles<S>("hopper_attention_forward", hopper_attention_forward_kernel<kDim>, p, p.rows, S::kRows,
+                  key_bytes(p) / p.packs, stream);
   return true;
 }
 
 }  // namespace
 
-KernelInfo hopper_forward_info(const std::string& type, int dim) {
-  return hopper_info<Shape>("forward", type, dim);
+KernelInfo hopper_forward_info(int dim) {
+  return hopper_info<Shape>("forward", dim);
 }
 
 bool run_hopper_attention_forward(const AttentionParams& p, void* stream) {

@@ -4,9 +4,7 @@
 // Products are transposed, keys are the rows of sums: probabilities and their gradients are then operands of the next
 // products as they leave the registers. A warp copies rows of q and dout by TMA and their statistics by loads and
 // stores; two warpgroups have 64 keys each.
-#include "../common/launch.h"
-#include "attention.h"
-#include "tensor_map.h"
+#include "roles.h"
 
 namespace hierkernels::cuda {
 namespace {
@@ -199,45 +197,38 @@ __device__ void consume(const HopperArgs& p, const Memory<kDim>& m, int group, i
   }
 }
 
-template <class T, int kDim>
+template <int kDim>
 __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
     hopper_attention_key_gradient_kernel(const __grid_constant__ HopperArgs p) {
   using S = Shape<kDim>;
   const Memory<kDim> m;
-  if (threadIdx.x == 0) {
+  const int total = p.items * p.tiles_per_item;
+  const auto initialise = [&] {
     m.key_ring.initialise(S::kConsumers);
     m.row_ring.initialise(S::kConsumers, 1 + kWarp);  // the copies', and each lane's statistics
-    ptx::fence_mbarrier_init();
-  }
-  __syncthreads();
-  const int total = p.items * p.tiles_per_item, group = warpgroup();
-  if (group == 0) {
-    ptx::give_registers<S::kProducerRegisters>();
-    if (threadIdx.x < kWarp) produce<kDim>(p, m, total);
-  } else {
-    ptx::take_registers<S::kConsumerRegisters>();
-    consume<T, kDim>(p, m, group - 1, total);
-  }
+  };
+  const auto consume_as = [&](int group) {
+    with_type<Number16>(p.out.dtype, [&](auto type) { consume<decltype(type), kDim>(p, m, group, total); });
+  };
+  take_roles<S>(kWarp, initialise, [&] { produce<kDim>(p, m, total); }, consume_as);
 }
 
-template <class T, int kDim>
+template <int kDim>
 bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
   using S = Shape<kDim>;
   HopperArgs p;
   if (!make_hopper_args(p, params, S::kRows, S::kKeys)) return false;
   p.delta = delta.as<float>();
   p.items = static_cast<int>(params.batch()) * p.kv_heads;
-  const int total = plan_tiles(p, p.n_keys, S::kKeys, row_bytes(p));
-  const int blocks = total < multiprocessors() ? total : multiprocessors();
-  launch("hopper_attention_key_gradient", hopper_attention_key_gradient_kernel<T, kDim>, blocks, S::kThreads,
-         S::kShared, stream, p);
+  launch_tiles<S>("hopper_attention_key_gradient", hopper_attention_key_gradient_kernel<kDim>, p, p.n_keys, S::kKeys,
+                  row_bytes(p), stream);
   return true;
 }
 
 }  // namespace
 
-KernelInfo hopper_key_gradient_info(const std::string& type, int dim) {
-  return hopper_info<Shape>("key_gradient", type, dim);
+KernelInfo hopper_key_gradient_info(int dim) {
+  return hopper_info<Shape>("key_gradient", dim);
 }
 
 bool run_hopper_key_gradient(const AttentionParams& p, const Tensor& delta, void* stream) {

@@ -2,9 +2,7 @@
 //
 // A warp copies keys and values by TMA, two warpgroups compute 64 rows each. The product dS K of a tile runs until the
 // scores of the next one are there.
-#include "../common/launch.h"
-#include "attention.h"
-#include "tensor_map.h"
+#include "roles.h"
 
 namespace hierkernels::cuda {
 namespace {
@@ -130,45 +128,38 @@ __device__ void consume(const HopperArgs& p, const Memory<kDim>& m, int group, i
   }
 }
 
-template <class T, int kDim>
+template <int kDim>
 __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1)
     hopper_attention_query_gradient_kernel(const __grid_constant__ HopperArgs p) {
   using S = Shape<kDim>;
   const Memory<kDim> m;
-  if (threadIdx.x == 0) {
+  const int total = p.items * p.tiles_per_item;
+  const auto initialise = [&] {
     m.query_ring.initialise(S::kConsumers);
     m.key_ring.initialise(S::kConsumers);
     m.value_ring.initialise(S::kConsumers);
-    ptx::fence_mbarrier_init();
-  }
-  __syncthreads();
-  const int total = p.items * p.tiles_per_item, group = warpgroup();
-  if (group == 0) {
-    ptx::give_registers<S::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<kDim>(p, m, total);
-  } else {
-    ptx::take_registers<S::kConsumerRegisters>();
-    consume<T, kDim>(p, m, group - 1, total);
-  }
+  };
+  const auto consume_as = [&](int group) {
+    with_type<Number16>(p.out.dtype, [&](auto type) { consume<decltype(type), kDim>(p, m, group, total); });
+  };
+  take_roles<S>(1, initialise, [&] { produce<kDim>(p, m, total); }, consume_as);
 }
 
-template <class T, int kDim>
+template <int kDim>
 bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
   using S = Shape<kDim>;
   HopperArgs p;
   if (!make_hopper_args(p, params, S::kRows, S::kKeys)) return false;
   p.delta = delta.as<float>();
-  const int total = plan_tiles(p, p.rows, S::kRows, key_bytes(p) / p.packs);
-  const int blocks = total < multiprocessors() ? total : multiprocessors();
-  launch("hopper_attention_query_gradient", hopper_attention_query_gradient_kernel<T, kDim>, blocks, S::kThreads,
-         S::kShared, stream, p);
+  launch_tiles<S>("hopper_attention_query_gradient", hopper_attention_query_gradient_kernel<kDim>, p, p.rows, S::kRows,
+                  key_bytes(p) / p.packs, stream);
   return true;
 }
 
 }  // namespace
 
-KernelInfo hopper_query_gradient_info(const std::string& type, int dim) {
-  return hopper_info<Shape>("query_gradient", type, dim);
+KernelInfo hopper_query_gradient_info(int dim) {
+  return hopper_info<Shape>("query_gradient", dim);
 }
 
 bool run_hopper_query_gradient(const AttentionParams& p, const Tensor& delta, void* stream) {

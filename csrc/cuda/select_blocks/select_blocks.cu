@@ -86,14 +86,17 @@ struct Selection {
     for (int piece = warp / row_warps * 16; piece < p.windows; piece += kSelectThreads / kWarp / row_warps * 16) {
       Sums<1, 2> s;
       clear(s);
+      with_type<T>(p.q.dtype, [&](auto type) {
+        using X = decltype(type);
 #pragma unroll(sizeof(T) == 4 ? 1 : 4)
-      for (int step = 0; step < steps; ++step) {
-        Words<T, 4> left, right;
-        load_words(left, q_tile + step * kStepBytes);
-        load_words(right, k_tile + piece * m.row_bytes + step * kStepBytes);
-        multiply<T>(s.x[0][0], left, right, 0);
-        multiply<T>(s.x[0][1], left, right, 1);
-      }
+        for (int step = 0; step < steps; ++step) {
+          Words<X, 4> left, right;
+          load_words(left, q_tile + step * kStepBytes);
+          load_words(right, k_tile + piece * m.row_bytes + step * kStepBytes);
+          multiply<X>(s.x[0][0], left, right, 0);
+          multiply<X>(s.x[0][1], left, right, 1);
+        }
+      });
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
         const int row = row0 + sums_row(0, 2 * x), seen = at<int>(m.seen)[row];
@@ -215,7 +218,7 @@ __device__ __forceinline__ Step next_step(const SelectArgs& p, Step s, int seen)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSelectThreads, 2) select_blocks_kernel(const __grid_constant__ SelectArgs p) {
+__device__ __forceinline__ void compute(const SelectArgs& p) {
   const Selection<T> s(p);
   const int blocks = static_cast<int>(p.candidates.at(s.last, p.blocks));
   const int seen = static_cast<int>(p.visible.at(s.last, p.n_windows));
@@ -255,6 +258,10 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_blocks_kernel(const 
   s.store();
 }
 
+__global__ void __launch_bounds__(kSelectThreads, 2) select_blocks_kernel(const __grid_constant__ SelectArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type)>(p); });
+}
+
 template <class T>
 void run(SelectArgs p, void* stream) {
   const int bytes = p.width * static_cast<int>(sizeof(T));
@@ -268,7 +275,7 @@ void run(SelectArgs p, void* stream) {
   if (p.queries > p.n_queries) p.queries = p.n_queries;
   while (p.queries > 1 && select_memory<T>(p).bytes > kMaxSharedBytes) --p.queries;
   p.tiles = (p.n_queries + p.queries - 1) / p.queries;
-  launch("select_blocks", select_blocks_kernel<T>, static_cast<int64_t>(p.batch) * p.choosers * p.tiles, kSelectThreads,
+  launch("select_blocks", select_blocks_kernel, static_cast<int64_t>(p.batch) * p.choosers * p.tiles, kSelectThreads,
          select_memory<T>(p).bytes, stream, p);
 }
 
@@ -306,21 +313,12 @@ SelectArgs make_args(const SelectParams& p, const Tensor& indices) {
 
 void select_blocks(const SelectParams& p, const Tensor& indices, void* stream) {
   const SelectArgs a = make_args(p, indices);
-  switch (p.q.dtype) {
-    case DType::kBFloat16:
-      return run<BFloat16>(a, stream);
-    case DType::kFloat16:
-      return run<Float16>(a, stream);
-    default:
-      return run<float>(a, stream);
-  }
+  if (p.q.dtype == DType::kFloat32) return run<float>(a, stream);
+  run<Number16>(a, stream);
 }
 
 std::vector<KernelInfo> select_kernels() {
-  const auto info = [](const char* type) {
-    return KernelInfo{std::string("select_blocks_kernel<") + type + ">", kSelectThreads, kMaxSharedBytes};
-  };
-  return {info("BFloat16"), info("Float16"), info("float")};
+  return {{"select_blocks_kernel", kSelectThreads, kMaxSharedBytes}};
 }
 
 }  // namespace hierkernels::cuda

@@ -3,8 +3,8 @@
 // Each warp has the running softmax of its own 16 keys of each tile; the warps that share rows are merged at the end.
 #include "../attention/scores.h"
 #include "../common/launch.h"
-#include "columns.h"
 #include "kernels.h"
+#include "stages.h"
 
 namespace hierkernels::cuda {
 namespace {
@@ -21,7 +21,7 @@ struct SelectedForward {
   };
 
   // Scores of 16 keys to exponentials relative to the largest score so far, to which what was summed is adapted.
-  static __device__ __forceinline__ void exponentiate(const SelectedArgs& p, Sums<1, 2>& s, Sums<1, kDim / 8>& acc,
+  static __device__ __forceinline__ void exponentiate(const SelectedArgs& p, Sums<1, 2>& s, Sums<1, S::kColumns / 8>& acc,
                                                       State& state, const KeyColumn* columns) {
     const bool weighted = p.weights.data != nullptr;
     float shrink[2];
@@ -58,17 +58,18 @@ struct SelectedForward {
     if (__any_sync(kAllLanes, shrink[0] != 1.f || shrink[1] != 1.f)) scale_rows(acc, shrink);
   }
 
-  static __device__ __forceinline__ void scale_rows(Sums<1, kDim / 8>& acc, const float (&factor)[2]) {
+  static __device__ __forceinline__ void scale_rows(Sums<1, S::kColumns / 8>& acc, const float (&factor)[2]) {
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n)
+    for (int n = 0; n < S::kColumns / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc.x[0][n][e] *= factor[e / 2];
   }
 
   // Ends the softmax: of each warp, over its lanes, and over the warps that share rows, whose `acc` are then parts of the
-  // output. statistics: [warp][top, total][16 rows].
-  static __device__ __forceinline__ void normalise(Sums<1, kDim / 8>& acc, State& state, float* statistics, int row_warps) {
-    const int warp = threadIdx.x / kWarp;
+  // output. statistics: [warp][top, total][16 rows], of the warps that have this part of the columns.
+  static __device__ __forceinline__ void normalise(Sums<1, S::kColumns / 8>& acc, State& state, float* statistics, int row_warps) {
+    const int warp = threadIdx.x / kWarp % S::kWarps;
+    statistics += threadIdx.x / kWarp / S::kWarps * S::kWarps * 32;
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
       state.total[x] += __shfl_xor_sync(kAllLanes, state.total[x], 1);
@@ -96,39 +97,22 @@ struct SelectedForward {
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShape<T, kDim>::kBlocksPerSM)
-    selected_forward_kernel(const __grid_constant__ SelectedArgs p) {
+__device__ __forceinline__ void compute(const SelectedArgs& p) {
   using F = SelectedForward<T, kDim>;
   using S = typename F::S;
   using TileT = typename F::TileT;
   unsigned char* const q_tile = shared_memory();
   unsigned char* const k_tiles = q_tile + TileT::bytes(S::kRows);
-  unsigned char* const v_tiles = k_tiles + 2 * TileT::bytes(S::kKeys);
-  KeyColumn* const columns = reinterpret_cast<KeyColumn*>(v_tiles + 2 * TileT::bytes(S::kKeys));
 
   const RowTile tile = row_tile(p, S::kRows);
-  const ColumnSource source = column_source(p, tile);
-  const int warp = threadIdx.x / kWarp, warp_row0 = warp % p.row_warps * 16;
-  const T* const k0 = p.k.at<const T>(tile.b, tile.kv_head, 0);
-  const T* const v0 = p.v.at<const T>(tile.b, tile.kv_head, 0);
-  const auto copy_stage = [&](const KeyColumn* at, int stage) {
-    const auto row = [&](const T* first, int64_t token) {
-      return [=](int r) { return at[r].key < 0 ? nullptr : first + at[r].key * token; };
-    };
-    copy_rows<T, S::kKeys, kDim, S::kThreads>(k_tiles + stage * TileT::bytes(S::kKeys), p.k, row(k0, p.k.token));
-    copy_rows<T, S::kKeys, kDim, S::kThreads>(v_tiles + stage * TileT::bytes(S::kKeys), p.v, row(v0, p.v.token));
-  };
-  const auto look_up = [&](int n0, int slot) {
-    fill_columns<S::kKeys, S::kThreads>(p, tile, source, columns + slot * S::kKeys, n0);
-  };
+  const KeyStages<T, kDim> stages(p, tile, k_tiles);
+  const ColumnSource& source = stages.source;
+  const int warp = threadIdx.x / kWarp % S::kWarps, warp_row0 = warp % p.row_warps * 16;
+  const int part = S::kSplit == 1 ? 0 : first_column<S::kWarps, S::kColumns>();
 
   copy_rows<T, S::kRows, kDim, S::kThreads>(
       q_tile, p.q, [&](int r) { return row_address<const T>(p.q, tile.b, row_at(p, tile, r)); });
-  look_up(0, 0);
-  look_up(S::kKeys, 1);
-  __syncthreads();
-  if (source.count > 0) copy_stage(columns, 0);
-  ptx::cp_async_commit();
+  stages.start();
 
   typename F::State state;
 #pragma unroll
@@ -137,23 +121,19 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
     state.total[x] = 0.f;
     state.sight[x] = sight_of(p, row_at(p, tile, warp_row0 + sums_row(0, 2 * x)));
   }
-  Sums<1, kDim / 8> acc;
+  Sums<1, S::kColumns / 8> acc;
   clear(acc);
 
   int stage = 0, slot = 0;  // slot: of this tile's columns
   for (int n0 = 0; n0 < source.count; n0 += S::kKeys, stage ^= 1, slot = (slot + 1) % kColumnSlots) {
-    if (n0 + S::kKeys < source.count) copy_stage(columns + (slot + 1) % kColumnSlots * S::kKeys, stage ^ 1);
-    ptx::cp_async_commit();  // perhaps empty: waiting for all but one means this tile in any case
-    look_up(n0 + 2 * S::kKeys, (slot + 2) % kColumnSlots);  // while copies are on their way
-    ptx::cp_async_wait<1>();
-    __syncthreads();         // every thread's part of the tile, and of the next tile but one's columns, is there
+    stages.wait(n0, stage, slot);
     for (int piece = warp / p.row_warps; piece < S::kWarps; piece += S::kWarps / p.row_warps) {
       const int offset = stage * TileT::bytes(S::kKeys) + TileT::bytes(16 * piece);
       Sums<1, 2> s;
       clear(s);
-      add_product_of_rows<T, F::kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), k_tiles + offset);
-      F::exponentiate(p, s, acc, state, columns + slot * S::kKeys + 16 * piece);
-      add_product_of_sums<T, TileT::kStride>(acc, s, v_tiles + offset);
+      add_product_of_rows<T, F::kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), stages.keys + offset, p.q.dtype);
+      F::exponentiate(p, s, acc, state, stages.slot_at(slot) + 16 * piece);
+      add_product_of_sums<T, TileT::kStride>(acc, s, stages.values + offset + part * static_cast<int>(sizeof(T)), p.q.dtype);
     }
     __syncthreads();         // all have read the tile: its stage may be written
   }
@@ -167,13 +147,20 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
 #pragma unroll
   for (int x = 0; x < 2; ++x) {
     const SelectedRow row = row_at(p, tile, warp_row0 + sums_row(0, 2 * x));
-    if (row.real && threadIdx.x % 4 == 0)
+    if (row.real && part == 0 && threadIdx.x % 4 == 0)
       p.lse[lse_index(p, tile.b, row.head, row.query)] =
           state.total[x] == 0.f ? -infinity() : state.top[x] + logf(state.total[x]);
   }
-  store_rows<T>(p.out, acc, 1.f, [&](int, int half) {
+  const auto row = [&](int, int half) {
     return row_address<T>(p.out, tile.b, row_at(p, tile, warp_row0 + sums_row(0, 2 * half)));
-  });
+  };
+  store_rows<T>(p.out, acc, 1.f, row, part);
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, SelectedShape<Number16, kDim>::kBlocksPerSM)
+    selected_forward_kernel(const __grid_constant__ SelectedArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
 }
 
 template <class T, int kDim>
@@ -181,7 +168,7 @@ void run(SelectedArgs p, void* stream) {
   using S = SelectedShape<T, kDim>;
   plan_rows(p, S::kRows);
   const int64_t blocks = static_cast<int64_t>(p.batch) * p.choosers * p.sets * p.row_blocks;
-  launch("selected_forward", selected_forward_kernel<T, kDim>, blocks, S::kThreads, S::kForwardShared, stream, p);
+  launch("selected_forward", selected_forward_kernel<kDim>, blocks, S::kThreads, S::kForwardShared, stream, p);
 }
 
 }  // namespace

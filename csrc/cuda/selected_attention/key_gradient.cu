@@ -100,8 +100,7 @@ __device__ __forceinline__ void score_gradients(const SelectedArgs& p, Sums<1, k
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(SelectedKeyShape<T, kDim>::kThreads, SelectedKeyShape<T, kDim>::kBlocksPerSM)
-    selected_key_gradient_kernel(const __grid_constant__ SelectedArgs p) {
+__device__ __forceinline__ void compute(const SelectedArgs& p) {
   using S = SelectedKeyShape<T, kDim>;
   using TileT = Tile<T, kDim>;
   constexpr int kSteps = kDim * static_cast<int>(sizeof(T)) / kStepBytes;
@@ -162,11 +161,11 @@ __global__ void __launch_bounds__(SelectedKeyShape<T, kDim>::kThreads, SelectedK
     Sums<1, S::kRows / 8> s, dp;
     clear(s);
     clear(dp);
-    add_product_of_rows<T, kSteps, TileT::kStride>(s, k_tile + warp_offset, q_tile);
-    add_product_of_rows<T, kSteps, TileT::kStride>(dp, v_tile + warp_offset, dout_tile);
+    add_product_of_rows<T, kSteps, TileT::kStride>(s, k_tile + warp_offset, q_tile, p.q.dtype);
+    add_product_of_rows<T, kSteps, TileT::kStride>(dp, v_tile + warp_offset, dout_tile, p.q.dtype);
     score_gradients(p, s, dp, keys, visitors + slot * S::kRows);
-    add_product_of_sums<T, TileT::kStride>(dv, s, dout_tile + part_offset);
-    add_product_of_sums<T, TileT::kStride>(dk, dp, q_tile + part_offset);
+    add_product_of_sums<T, TileT::kStride>(dv, s, dout_tile + part_offset, p.q.dtype);
+    add_product_of_sums<T, TileT::kStride>(dk, dp, q_tile + part_offset, p.q.dtype);
     __syncthreads();         // all have read the tile: its stage may be written
   }
   ptx::cp_async_wait<0>();
@@ -191,8 +190,14 @@ __global__ void __launch_bounds__(SelectedKeyShape<T, kDim>::kThreads, SelectedK
       return key_row(half) < w.keys ? p.parts + key * channels + first : nullptr;
     };
   };
-  store_rows<float>(Rows{nullptr, 0, 0, 0, p.dk.channels, false, paired}, dk, p.scale, row(0), part);
-  store_rows<float>(Rows{nullptr, 0, 0, 0, p.dv.channels, false, paired}, dv, 1.f, row(p.dk.channels), part);
+  store_rows<float>(Rows{nullptr, 0, 0, 0, p.dk.channels, false, paired, DType::kFloat32}, dk, p.scale, row(0), part);
+  store_rows<float>(Rows{nullptr, 0, 0, 0, p.dv.channels, false, paired, DType::kFloat32}, dv, 1.f, row(p.dk.channels), part);
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, SelectedKeyShape<Number16, kDim>::kBlocksPerSM)
+    selected_key_gradient_kernel(const __grid_constant__ SelectedArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
 }
 
 template <class T, int kDim>
@@ -201,7 +206,7 @@ void run(SelectedArgs p, void* stream) {
   const int size = p.merge * p.block_size;
   p.key_tiles = (size + S::kKeys - 1) / S::kKeys;
   const int64_t blocks = static_cast<int64_t>(p.batch) * p.kv_heads * p.items * p.key_tiles;
-  launch("selected_key_gradient", selected_key_gradient_kernel<T, kDim>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("selected_key_gradient", selected_key_gradient_kernel<kDim>, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 template <class T, int kDim>

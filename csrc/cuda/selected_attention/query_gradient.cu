@@ -2,8 +2,8 @@
 // blocks that their set visits.
 #include "../attention/scores.h"
 #include "../common/launch.h"
-#include "columns.h"
 #include "kernels.h"
+#include "stages.h"
 
 namespace hierkernels::cuda {
 namespace {
@@ -68,45 +68,28 @@ __device__ __forceinline__ void add_to_weights(const SelectedArgs& p, const RowT
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShape<T, kDim>::kBlocksPerSM)
-    selected_query_gradient_kernel(const __grid_constant__ SelectedArgs p) {
+__device__ __forceinline__ void compute(const SelectedArgs& p) {
   using S = SelectedShape<T, kDim>;
   using TileT = Tile<T, kDim>;
   constexpr int kSteps = S::kBytes / kStepBytes;
   unsigned char* const q_tile = shared_memory();
   unsigned char* const dout_tile = q_tile + TileT::bytes(S::kRows);
   unsigned char* const k_tiles = dout_tile + TileT::bytes(S::kRows);
-  unsigned char* const v_tiles = k_tiles + 2 * TileT::bytes(S::kKeys);
-  KeyColumn* const columns = reinterpret_cast<KeyColumn*>(v_tiles + 2 * TileT::bytes(S::kKeys));
-  float* const terms = reinterpret_cast<float*>(columns + kColumnSlots * S::kKeys);  // [row warp][key]
+  float* const terms = reinterpret_cast<float*>(k_tiles + 4 * TileT::bytes(S::kKeys) + S::kColumnBytes);  // [row warp][key]
 
   const RowTile tile = row_tile(p, S::kRows);
-  const ColumnSource source = column_source(p, tile);
-  const int warp = threadIdx.x / kWarp, warp_row0 = warp % p.row_warps * 16;
-  const T* const k0 = p.k.at<const T>(tile.b, tile.kv_head, 0);
-  const T* const v0 = p.v.at<const T>(tile.b, tile.kv_head, 0);
+  const KeyStages<T, kDim> stages(p, tile, k_tiles);
+  const ColumnSource& source = stages.source;
+  const int warp = threadIdx.x / kWarp % S::kWarps, warp_row0 = warp % p.row_warps * 16;
+  const int part = S::kSplit == 1 ? 0 : first_column<S::kWarps, S::kColumns>();
   const auto copy_queries = [&](unsigned char* to, const Rows& t) {
     copy_rows<T, S::kRows, kDim, S::kThreads>(
         to, t, [&](int r) { return row_address<const T>(t, tile.b, row_at(p, tile, r)); });
   };
-  const auto copy_stage = [&](const KeyColumn* at, int stage) {
-    const auto row = [&](const T* first, int64_t token) {
-      return [=](int r) { return at[r].key < 0 ? nullptr : first + at[r].key * token; };
-    };
-    copy_rows<T, S::kKeys, kDim, S::kThreads>(k_tiles + stage * TileT::bytes(S::kKeys), p.k, row(k0, p.k.token));
-    copy_rows<T, S::kKeys, kDim, S::kThreads>(v_tiles + stage * TileT::bytes(S::kKeys), p.v, row(v0, p.v.token));
-  };
-  const auto look_up = [&](int n0, int slot) {
-    fill_columns<S::kKeys, S::kThreads>(p, tile, source, columns + slot * S::kKeys, n0);
-  };
 
   copy_queries(q_tile, p.q);
   copy_queries(dout_tile, p.dout);
-  look_up(0, 0);
-  look_up(S::kKeys, 1);
-  __syncthreads();
-  if (source.count > 0) copy_stage(columns, 0);
-  ptx::cp_async_commit();
+  stages.start();
 
   RowState rows[2];
 #pragma unroll
@@ -116,26 +99,22 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
     const float lse = row.real ? p.lse[at] : -infinity();
     rows[x] = {sight_of(p, row), lse == -infinity() ? infinity() : lse, row.real ? p.delta[at] : 0.f};
   }
-  Sums<1, kDim / 8> acc;
+  Sums<1, S::kColumns / 8> acc;
   clear(acc);
 
   int stage = 0, slot = 0;  // slot: of this tile's columns
   for (int n0 = 0; n0 < source.count; n0 += S::kKeys, stage ^= 1, slot = (slot + 1) % kColumnSlots) {
-    if (n0 + S::kKeys < source.count) copy_stage(columns + (slot + 1) % kColumnSlots * S::kKeys, stage ^ 1);
-    ptx::cp_async_commit();  // perhaps empty: waiting for all but one means this tile in any case
-    look_up(n0 + 2 * S::kKeys, (slot + 2) % kColumnSlots);  // while copies are on their way
-    ptx::cp_async_wait<1>();
-    __syncthreads();         // every thread's part of the tile, and of the next tile but one's columns, is there
+    stages.wait(n0, stage, slot);
     for (int piece = warp / p.row_warps; piece < S::kWarps; piece += S::kWarps / p.row_warps) {
       const int offset = stage * TileT::bytes(S::kKeys) + TileT::bytes(16 * piece);
       Sums<1, 2> s, dp;
       clear(s);
       clear(dp);
-      add_product_of_rows<T, kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), k_tiles + offset);
-      add_product_of_rows<T, kSteps, TileT::kStride>(dp, dout_tile + TileT::bytes(warp_row0), v_tiles + offset);
-      score_gradients(p, s, dp, rows, columns + slot * S::kKeys + 16 * piece);
-      if (p.dweights) sum_rows(dp, terms + warp % p.row_warps * S::kKeys + 16 * piece);
-      add_product_of_sums<T, TileT::kStride>(acc, s, k_tiles + offset);
+      add_product_of_rows<T, kSteps, TileT::kStride>(s, q_tile + TileT::bytes(warp_row0), stages.keys + offset, p.q.dtype);
+      add_product_of_rows<T, kSteps, TileT::kStride>(dp, dout_tile + TileT::bytes(warp_row0), stages.values + offset, p.q.dtype);
+      score_gradients(p, s, dp, rows, stages.slot_at(slot) + 16 * piece);
+      if (p.dweights && part == 0) sum_rows(dp, terms + warp % p.row_warps * S::kKeys + 16 * piece);
+      add_product_of_sums<T, TileT::kStride>(acc, s, stages.keys + offset + part * static_cast<int>(sizeof(T)), p.q.dtype);
     }
     __syncthreads();         // all have read the tile: its stage may be written
     if (p.dweights) add_to_weights<S::kKeys, S::kThreads>(p, tile, source, terms, n0);
@@ -145,9 +124,16 @@ __global__ void __launch_bounds__(SelectedShape<T, kDim>::kThreads, SelectedShap
 
   add_warps<S::kWarps>(acc, reinterpret_cast<float*>(k_tiles), p.row_warps);
   if (warp >= p.row_warps) return;
-  store_rows<T>(p.dq, acc, p.scale, [&](int, int half) {
+  const auto row = [&](int, int half) {
     return row_address<T>(p.dq, tile.b, row_at(p, tile, warp_row0 + sums_row(0, 2 * half)));
-  });
+  };
+  store_rows<T>(p.dq, acc, p.scale, row, part);
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, SelectedShape<Number16, kDim>::kBlocksPerSM)
+    selected_query_gradient_kernel(const __grid_constant__ SelectedArgs p) {
+  with_width(p.q.dtype, [&](auto type) { compute<decltype(type), kDim>(p); });
 }
 
 template <class T, int kDim>
@@ -155,7 +141,7 @@ void run(SelectedArgs p, void* stream) {
   using S = SelectedShape<T, kDim>;
   plan_rows(p, S::kRows);
   const int64_t blocks = static_cast<int64_t>(p.batch) * p.choosers * p.sets * p.row_blocks;
-  launch("selected_query_gradient", selected_query_gradient_kernel<T, kDim>, blocks, S::kThreads, S::kQueryShared, stream, p);
+  launch("selected_query_gradient", selected_query_gradient_kernel<kDim>, blocks, S::kThreads, S::kQueryShared, stream, p);
 }
 
 template <class T, int kDim>

@@ -77,21 +77,18 @@ SortArgs sort_args(const SelectedArgs& a, int segments) {
   return {a.visits, a.counts, nullptr, nullptr, a.visits_stride, a.batch * a.kv_heads, rows, a.merged_blocks, segments};
 }
 
-template <class T, int kDim>
-void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
-  using S = SelectedShape<T, kDim>;
-  const std::string arguments = "_kernel<" + type + ", " + std::to_string(kDim) + ">";
-  to.push_back({"selected_forward" + arguments, S::kThreads, S::kForwardShared});
-  to.push_back({"selected_query_gradient" + arguments, S::kThreads, S::kQueryShared});
-  using K = SelectedKeyShape<T, kDim>;
-  to.push_back({"selected_key_gradient" + arguments, K::kThreads, K::kShared});
-}
-
-template <class T>
-void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
-  add_kernels<T, 64>(to, type);
-  add_kernels<T, 128>(to, type);
-  add_kernels<T, 256>(to, type);
+// A kernel holds the bodies of both widths of numbers: what the larger one takes.
+template <int kDim>
+void add_kernels(std::vector<KernelInfo>& to) {
+  using Wide = SelectedShape<float, kDim>;
+  using Narrow = SelectedShape<Number16, kDim>;
+  const auto add = [&](const char* kernel, int wide, int narrow) {
+    to.push_back({std::string("selected_") + kernel + "_kernel<" + std::to_string(kDim) + ">", kAttentionThreads,
+                  wide > narrow ? wide : narrow});
+  };
+  add("forward", Wide::kForwardShared, Narrow::kForwardShared);
+  add("query_gradient", Wide::kQueryShared, Narrow::kQueryShared);
+  add("key_gradient", SelectedKeyShape<float, kDim>::kShared, SelectedKeyShape<Number16, kDim>::kShared);
 }
 
 }  // namespace
@@ -100,9 +97,9 @@ std::vector<KernelInfo> selected_kernels() {
   std::vector<KernelInfo> kernels{{"selected_lists_kernel", kListThreads, 0},
                                   {"selected_sort_kernel", kWarp, kSortRange * static_cast<int>(sizeof(int))},
                                   {"selected_sum_kernel", kSumThreads, 0}};
-  add_kernels<BFloat16>(kernels, "BFloat16");
-  add_kernels<Float16>(kernels, "Float16");
-  add_kernels<float>(kernels, "float");
+  add_kernels<64>(kernels);
+  add_kernels<128>(kernels);
+  add_kernels<256>(kernels);
   return kernels;
 }
 

@@ -8,7 +8,7 @@
 
 #include "../../common/sgu_params.h"
 #include "../common/launch.h"
-#include "../common/ptx.h"
+#include "../common/numbers.h"
 
 namespace hierkernels::cuda {
 
@@ -40,6 +40,7 @@ struct SguArgs {
   bool look_back;
   int width, weight_columns;       // of a head's weight
   int items_of_split;              // (bucket, batch entry) items that a part of dweight sums
+  DType dtype;                     // of the activations
   Activation activation;
 };
 
@@ -51,27 +52,27 @@ template <class T>
 constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
 
 template <class T>
-__device__ __forceinline__ void unpack(const Bytes16& from, float (&x)[kChunk<T>]) {
+__device__ __forceinline__ void unpack(const Bytes16& from, float (&x)[kChunk<T>], DType dtype) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
       x[i] = __uint_as_float(from.words[i]);
     } else {
-      x[2 * i] = ptx::to_float(T{static_cast<uint16_t>(from.words[i])});
-      x[2 * i + 1] = ptx::to_float(T{static_cast<uint16_t>(from.words[i] >> 16)});
+      x[2 * i] = to_float(T{static_cast<uint16_t>(from.words[i])}, dtype);
+      x[2 * i + 1] = to_float(T{static_cast<uint16_t>(from.words[i] >> 16)}, dtype);
     }
   }
 }
 
 template <class T>
-__device__ __forceinline__ Bytes16 packed(const float (&x)[kChunk<T>]) {
+__device__ __forceinline__ Bytes16 packed(const float (&x)[kChunk<T>], DType dtype) {
   Bytes16 to;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4)
       to.words[i] = __float_as_uint(x[i]);
     else
-      to.words[i] = ptx::pack<T>(x[2 * i], x[2 * i + 1]);
+      to.words[i] = pack(x[2 * i], x[2 * i + 1], dtype);
   }
   return to;
 }
@@ -121,16 +122,16 @@ __device__ __forceinline__ Bytes16 load_bytes(const SguArgs& p, const Activation
 template <class T>
 __device__ __forceinline__ void load(const SguArgs& p, const Activations& a, int head, int64_t token, const Place& w,
                                      float (&x)[kChunk<T>]) {
-  unpack<T>(load_bytes<T>(p, a, head, token, w), x);
+  unpack<T>(load_bytes<T>(p, a, head, token, w), x, p.dtype);
 }
 
 template <class T>
 __device__ __forceinline__ void store(const SguArgs& p, const Activations& a, int head, int64_t token, const Place& w,
                                       const float (&x)[kChunk<T>]) {
   if (a.aligned && w.count) {
-    *reinterpret_cast<Bytes16*>(address<T>(p, a, head, token, w)) = packed<T>(x);
+    *reinterpret_cast<Bytes16*>(address<T>(p, a, head, token, w)) = packed<T>(x, p.dtype);
   } else {
-    each_number<T>(p, a, head, token, w, [&](int e, T* to) { *to = ptx::from_float<T>(x[e]); });
+    each_number<T>(p, a, head, token, w, [&](int e, T* to) { *to = from_float<T>(x[e], p.dtype); });
   }
 }
 
@@ -146,15 +147,14 @@ __device__ __forceinline__ void copy_chunk(unsigned char* to, const SguArgs& p, 
 }
 
 void run_sgu_forward(const SguArgs& p, DType dtype, void* stream);
-void run_sgu_mix_gradient(const SguArgs& p, DType dtype, void* stream);
+void run_sgu_mix_gradient(const SguArgs& p, void* stream);
 void run_sgu_gate_gradient(const SguArgs& p, DType dtype, void* stream);
 void run_sgu_weight_gradient(const SguArgs& p, DType dtype, int splits, void* stream);
-constexpr int kMixGradientThreads = 256;
+constexpr int kMixGradientThreads = 256, kMixThreads = 4 * kWarp;  // of the products, whatever the type
 
 // run<T>(...) for the type of the activations.
 #define HIERKERNELS_SGU_DISPATCH(dtype, run, ...)                      \
-  if (dtype == DType::kBFloat16) return run<BFloat16>(__VA_ARGS__);    \
-  if (dtype == DType::kFloat16) return run<Float16>(__VA_ARGS__);      \
-  return run<float>(__VA_ARGS__)
+  if (dtype == DType::kFloat32) return run<float>(__VA_ARGS__);        \
+  return run<Number16>(__VA_ARGS__)
 
 }  // namespace hierkernels::cuda

@@ -9,11 +9,11 @@ template <class T>
 __device__ __forceinline__ float bias_of(const SguArgs& p, int head, int row) {
   const int64_t at = head * p.bias_head + row * p.bias_row;
   if (p.weight.wide) return reinterpret_cast<const float*>(p.bias)[at];
-  return ptx::to_float(reinterpret_cast<const T*>(p.bias)[at]);
+  return to_float(reinterpret_cast<const T*>(p.bias)[at], p.dtype);
 }
 
 template <class T>
-__global__ void __launch_bounds__(MixShape<T>::kThreads, 2) sgu_forward_kernel(const __grid_constant__ SguArgs p) {
+__device__ __forceinline__ void compute(const SguArgs& p) {
   using M = Mixing<T, false>;
   const typename M::Block b = M::block_of(p);
   if (b.row0 >= b.n_rows) return;
@@ -39,10 +39,14 @@ __global__ void __launch_bounds__(MixShape<T>::kThreads, 2) sgu_forward_kernel(c
   });
 }
 
+__global__ void __launch_bounds__(kMixThreads, 2) sgu_forward_kernel(const __grid_constant__ SguArgs p) {
+  with_width(p.dtype, [&](auto type) { compute<decltype(type)>(p); });
+}
+
 template <class T>
 void run(const SguArgs& p, void* stream) {
   using M = Mixing<T, false>;
-  launch("sgu_forward", sgu_forward_kernel<T>, M::blocks(p), M::S::kThreads, M::shared_bytes(p.weight.wide), stream, p);
+  launch("sgu_forward", sgu_forward_kernel, M::blocks(p), M::S::kThreads, M::shared_bytes(p.weight.wide), stream, p);
 }
 
 }  // namespace

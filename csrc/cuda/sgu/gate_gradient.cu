@@ -5,7 +5,7 @@ namespace hierkernels::cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(MixShape<T>::kThreads, 2) sgu_gate_gradient_kernel(const __grid_constant__ SguArgs p) {
+__device__ __forceinline__ void compute(const SguArgs& p) {
   using M = Mixing<T, true>;
   const typename M::Block b = M::block_of(p);
   if (b.row0 >= b.n_rows) return;
@@ -16,10 +16,14 @@ __global__ void __launch_bounds__(MixShape<T>::kThreads, 2) sgu_gate_gradient_ke
   });
 }
 
+__global__ void __launch_bounds__(kMixThreads, 2) sgu_gate_gradient_kernel(const __grid_constant__ SguArgs p) {
+  with_width(p.dtype, [&](auto type) { compute<decltype(type)>(p); });
+}
+
 template <class T>
 void run(const SguArgs& p, void* stream) {
   using M = Mixing<T, true>;
-  launch("sgu_gate_gradient", sgu_gate_gradient_kernel<T>, M::blocks(p), M::S::kThreads, M::shared_bytes(p.weight.wide), stream, p);
+  launch("sgu_gate_gradient", sgu_gate_gradient_kernel, M::blocks(p), M::S::kThreads, M::shared_bytes(p.weight.wide), stream, p);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace {
 constexpr int kWarps = kMixGradientThreads / kWarp;
 
 template <class T>
-__global__ void __launch_bounds__(kMixGradientThreads) sgu_mix_gradient_kernel(const __grid_constant__ SguArgs p) {
+__device__ __forceinline__ void compute(const SguArgs& p) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;  // batch, token, head
   const int head = static_cast<int>(index % p.heads), b = static_cast<int>(index / p.heads / p.tokens);
   const int64_t token = index / p.heads % p.tokens;
@@ -39,14 +39,16 @@ __global__ void __launch_bounds__(kMixGradientThreads) sgu_mix_gradient_kernel(c
   if (p.sums && threadIdx.x % kWarp == 0) p.sums[index] = total;
 }
 
-template <class T>
-void run(const SguArgs& p, void* stream) {
-  const int64_t rows = p.tokens * p.batch * p.heads;
-  launch("sgu_mix_gradient", sgu_mix_gradient_kernel<T>, (rows + kWarps - 1) / kWarps, kMixGradientThreads, 0, stream, p);
+// Bound by memory: a branch on the type costs nothing.
+__global__ void __launch_bounds__(kMixGradientThreads) sgu_mix_gradient_kernel(const __grid_constant__ SguArgs p) {
+  with_width(p.dtype, [&](auto type) { compute<decltype(type)>(p); });
 }
 
 }  // namespace
 
-void run_sgu_mix_gradient(const SguArgs& p, DType dtype, void* stream) { HIERKERNELS_SGU_DISPATCH(dtype, run, p, stream); }
+void run_sgu_mix_gradient(const SguArgs& p, void* stream) {
+  const int64_t rows = p.tokens * p.batch * p.heads;
+  launch("sgu_mix_gradient", sgu_mix_gradient_kernel, (rows + kWarps - 1) / kWarps, kMixGradientThreads, 0, stream, p);
+}
 
 }  // namespace hierkernels::cuda

@@ -14,6 +14,7 @@ template <class T>
 struct MixShape {
   static constexpr int kM = sizeof(T) == 4 ? 2 : 4, kN = 8;  // of a warp, in tiles of 16 x 8
   static constexpr int kWarpRows = 2, kWarpColumns = 2, kThreads = kWarp * kWarpRows * kWarpColumns;
+  static_assert(kThreads == kMixThreads);
   static constexpr int kRows = 16 * kM * kWarpRows, kColumns = 8 * kN * kWarpColumns;
   static constexpr int kTerms = 64 / static_cast<int>(sizeof(T));  // two steps
 };
@@ -189,8 +190,11 @@ struct Mixing {
       const bool hidden = part.triangle && (kTransposed ? part.k0 + S::kTerms <= first : part.k0 >= first + 16 * S::kM);
       const unsigned char* const stage = shared_memory() + t % M::kStages * M::kStageBytes;
       if (needed && !hidden)
-        add_mixture<T, W, kTransposed, S::kTerms * static_cast<int>(sizeof(T)) / kStepBytes, M::kLeftStride, M::Right::kStride>(
-            sums, stage, warp_row, stage + M::kLeftBytes, warp_column);
+        with_type<T>(p.dtype, [&](auto type) {
+          constexpr int kSteps = S::kTerms * static_cast<int>(sizeof(T)) / kStepBytes;
+          add_mixture<decltype(type), W, kTransposed, kSteps, M::kLeftStride, M::Right::kStride>(
+              sums, stage, warp_row, stage + M::kLeftBytes, warp_column);
+        });
     }
     ptx::cp_async_wait<0>();
     __syncthreads();

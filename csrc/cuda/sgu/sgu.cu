@@ -51,6 +51,7 @@ SguArgs arguments(const SguParams& p) {
   a.width = static_cast<int>(p.weight.size[1]);
   a.weight_columns = static_cast<int>(p.weight.size[2]);
   a.activation = p.activation;
+  a.dtype = p.gate.dtype;
   return a;
 }
 
@@ -58,7 +59,7 @@ int64_t items_of_split(const SguParams& p) {
   // Blocks that keep a large device busy; fixed, so that results do not depend on the device.
   constexpr int64_t kBusy = 512;
   const SguShape s(p);
-  const int64_t tile = p.gate.dtype == DType::kFloat32 ? WeightShape<float>::kSize : WeightShape<BFloat16>::kSize;
+  const int64_t tile = p.gate.dtype == DType::kFloat32 ? WeightShape<float>::kSize : WeightShape<Number16>::kSize;
   const int64_t tiles = (s.w + tile - 1) / tile;
   const int64_t working = s.H * (tiles * (tiles + 1) / 2 + (s.look_back ? tiles * tiles : 0));
   const int64_t items = s.B * s.buckets, wanted = kBusy / working;
@@ -66,22 +67,20 @@ int64_t items_of_split(const SguParams& p) {
   return (items + splits - 1) / splits;
 }
 
-template <class T>
-void add_kernels(std::vector<KernelInfo>& to, const std::string& type) {
-  to.push_back({"sgu_forward_kernel<" + type + ">", MixShape<T>::kThreads, Mixing<T, false>::shared_bytes(true)});
-  to.push_back({"sgu_gate_gradient_kernel<" + type + ">", MixShape<T>::kThreads, Mixing<T, true>::shared_bytes(true)});
-  to.push_back({"sgu_weight_gradient_kernel<" + type + ">", WeightShape<T>::kThreads, WeightShape<T>::kShared});
-  to.push_back({"sgu_mix_gradient_kernel<" + type + ">", kMixGradientThreads, 0});
+template <bool kTransposed>
+int mixing_shared() {
+  const int wide = Mixing<float, kTransposed>::shared_bytes(true), narrow = Mixing<Number16, kTransposed>::shared_bytes(true);
+  return wide > narrow ? wide : narrow;
 }
 
 }  // namespace
 
 std::vector<KernelInfo> sgu_kernels() {
-  std::vector<KernelInfo> kernels;
-  add_kernels<BFloat16>(kernels, "BFloat16");
-  add_kernels<Float16>(kernels, "Float16");
-  add_kernels<float>(kernels, "float");
-  return kernels;
+  const int of_weight = WeightShape<Number16>::kShared;
+  return {{"sgu_mix_gradient_kernel", kMixGradientThreads, 0},
+          {"sgu_forward_kernel", kMixThreads, mixing_shared<false>()},
+          {"sgu_gate_gradient_kernel", kMixThreads, mixing_shared<true>()},
+          {"sgu_weight_gradient_kernel", kMixThreads, of_weight}};
 }
 
 int sgu_weight_splits(const SguParams& p) {
@@ -95,7 +94,7 @@ void sgu_forward(const SguParams& p, void* stream) { run_sgu_forward(arguments(p
 void sgu_backward(const SguParams& p, const Tensor& sums, void* stream) {
   SguArgs a = arguments(p);
   a.sums = sums.as<float>();
-  run_sgu_mix_gradient(a, p.gate.dtype, stream);
+  run_sgu_mix_gradient(a, stream);
   if (p.dgate) run_sgu_gate_gradient(a, p.gate.dtype, stream);
   if (p.dweight) {
     a.dweight = p.dweight.as<unsigned char>();

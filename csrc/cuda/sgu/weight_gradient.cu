@@ -69,8 +69,8 @@ __device__ __forceinline__ void store_pair(const SguArgs& p, int64_t at, float x
   const auto store = [&](auto type) {
     using Result = decltype(type);
     Result* to = reinterpret_cast<Result*>(p.dweight) + at;
-    to[0] = ptx::from_float<Result>(x);
-    if (both) to[1] = ptx::from_float<Result>(y);
+    to[0] = from_float<Result>(x, p.dtype);
+    if (both) to[1] = from_float<Result>(y, p.dtype);
   };
   if (p.dweight_wide)
     store(float{});
@@ -79,7 +79,7 @@ __device__ __forceinline__ void store_pair(const SguArgs& p, int64_t at, float x
 }
 
 template <class T>
-__global__ void __launch_bounds__(WeightShape<T>::kThreads, 2) sgu_weight_gradient_kernel(const __grid_constant__ SguArgs p) {
+__device__ __forceinline__ void compute(const SguArgs& p) {
   using S = WeightShape<T>;
   const Block block = block_of<T>(p);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(WeightShape<T>::kThreads, 2) sgu_weight_gradie
     const unsigned char* const stage = shared_memory() + step % S::kStages * S::kStageBytes;
     if (needed)
       add_product_of_rows<T, S::kTerms * static_cast<int>(sizeof(T)) / kStepBytes, S::TileT::kStride>(
-          sums, stage + warp_row * S::TileT::kStride, stage + S::kTileBytes + warp_column * S::TileT::kStride);
+          sums, stage + warp_row * S::TileT::kStride, stage + S::kTileBytes + warp_column * S::TileT::kStride, p.dtype);
   }
   ptx::cp_async_wait<0>();
 
@@ -136,12 +136,16 @@ __global__ void __launch_bounds__(WeightShape<T>::kThreads, 2) sgu_weight_gradie
     }
 }
 
+__global__ void __launch_bounds__(kMixThreads, 2) sgu_weight_gradient_kernel(const __grid_constant__ SguArgs p) {
+  with_width(p.dtype, [&](auto type) { compute<decltype(type)>(p); });
+}
+
 template <class T>
 void run(const SguArgs& p, int splits, void* stream) {
   using S = WeightShape<T>;
   const int64_t tiles = (p.width + S::kSize - 1) / S::kSize;
   const int64_t blocks = tiles * tiles * (p.own > 0 ? 2 : 1) * p.heads * splits;
-  launch("sgu_weight_gradient", sgu_weight_gradient_kernel<T>, blocks, S::kThreads, S::kShared, stream, p);
+  launch("sgu_weight_gradient", sgu_weight_gradient_kernel, blocks, S::kThreads, S::kShared, stream, p);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The tiles of the weight's gradient.
 #pragma once
+#include "args.h"
 #include "operands.h"
 
 namespace hierkernels::cuda {
@@ -8,6 +9,7 @@ template <class T>
 struct WeightShape {
   static constexpr int kM = sizeof(T) == 4 ? 2 : 4, kN = 2 * kM;  // of a warp, in tiles of 16 x 8
   static constexpr int kWarpRows = 2, kWarpColumns = 2, kThreads = kWarp * kWarpRows * kWarpColumns;
+  static_assert(kThreads == kMixThreads);
   static constexpr int kSize = 16 * kM * kWarpRows;  // rows of a tile, and columns
   static_assert(kSize == 8 * kN * kWarpColumns);
   static constexpr int kTerms = 64 / static_cast<int>(sizeof(T));  // channels: two steps

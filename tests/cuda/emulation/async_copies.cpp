@@ -7,6 +7,7 @@ namespace hierkernels::emulation {
 namespace {
 
 constexpr uint32_t kMaxPendingBytes = (1u << 20) - 1;
+constexpr int kSMRegisters = 64 * 1024, kGroupWarps = 4;
 uint64_t copy_period = 1;
 
 MBarrier& mbarrier(const void* p, const char* what) {
@@ -104,7 +105,24 @@ void fence_proxy_async() {
 
 void set_registers(int count) {
   if (count < 24 || count > 256 || count % 8) fail("setmaxnreg: %d registers", count);
-  meet("setmaxnreg", ~0u, nullptr, [](const auto&) {});
+  meet("setmaxnreg", ~0u, nullptr, [count](const auto&) { block.warps[current->warp].registers = count; });
+}
+
+// What is wrong with the registers that the warps have in the end. A launch gives each thread as many as there are for
+// one block on a multiprocessor, a multiple of 8.
+static const char* wrong_registers() {
+  const int warps = static_cast<int>(block.warps.size());
+  const int of_launch = kSMRegisters / (warps * kLanes) / 8 * 8;
+  int total = 0, changed = 0;
+  for (int w = 0; w < warps; ++w) {
+    const int own = block.warps[w].registers;
+    changed += own != 0;
+    total += kLanes * (own ? own : of_launch);
+    if (own != block.warps[w / kGroupWarps * kGroupWarps].registers)
+      return "setmaxnreg: not the same in all warps of a warpgroup";
+  }
+  if (changed && total > kSMRegisters) return "setmaxnreg: more registers than there are: the taking would wait for ever";
+  return nullptr;
 }
 
 void tensor_copy(void* to, const TensorMap& map, const void* barrier, int rank, const int (&at)[4]) {
@@ -143,6 +161,7 @@ void let_a_copy_arrive() {
 }
 
 const char* left_over() {
+  if (const char* what = wrong_registers()) return what;
   if (!block.copies.empty()) return "the block ends with a tensor copy on its way";
   for (const Warp& w : block.warps)
     if (!w.products.empty() || !w.committed.empty()) return "the block ends with a wgmma not waited for";

@@ -193,6 +193,7 @@ void fail(const char* format, ...) {
 
 void run(const Kernel& kernel, Index grid, Index size, size_t shared_bytes) {
   if (size.x * size.y * size.z > kMaxThreads) throw std::runtime_error(std::string(kernel.name) + ": too many threads");
+  if (shared_bytes > kMaxShared) throw std::runtime_error(std::string(kernel.name) + ": too much shared memory");
   kernel_of_launch = kernel;
   error.clear();
   random_state = options().seed * 0x9E3779B97F4A7C15ull + 1;

@@ -15,6 +15,7 @@ namespace hierkernels::emulation {
 
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
+constexpr size_t kMaxShared = 227 * 1024;  // of a block, on sm_90
 
 // Logical time: what a thread knows of the steps of all others. An access is ordered before another if the thread
 // of the second knows the step of the first.
@@ -66,6 +67,7 @@ struct Warp {
   std::vector<Product> products;               // since the last commit
   std::deque<std::vector<Product>> committed;  // oldest first
   bool wgmma_fenced = false;
+  int registers = 0;  // of each thread, by setmaxnreg; 0: those of the launch
 };
 
 // Four warps at the same wgmma.

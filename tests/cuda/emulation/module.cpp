@@ -27,6 +27,11 @@ void bind_hopper_probes(py::module_& m) {
       .value("many_bytes", HopperFault::kManyBytes)
       .value("no_init_fence", HopperFault::kNoInitFence)
       .value("no_proxy_fence", HopperFault::kNoProxyFence);
+  py::enum_<cuda::RegisterFault>(m, "RegisterFault")
+      .value("none", cuda::RegisterFault::kNone)
+      .value("too_many", cuda::RegisterFault::kTooMany)
+      .value("one_warp", cuda::RegisterFault::kOneWarp);
+  m.def("probe_registers", cuda::probe_registers);
   m.def("probe_tensor_copy", [](uintptr_t data, const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
                                 const std::vector<int>& box, const std::vector<int>& at, uintptr_t out) {
     cuda::TensorCopyProbe p{reinterpret_cast<void*>(data), static_cast<int>(size.size()), {1, 1, 1, 1}, {}, {1, 1, 1, 1},

@@ -51,6 +51,14 @@ enum class HopperFault {
   kNoProxyFence,       // between stores to shared memory and the product that reads them
 };
 
+// Four warpgroups, of which the first gives registers and the others take some.
+enum class RegisterFault {
+  kNone,
+  kTooMany,  // more are taken than were given
+  kOneWarp,  // one warp of a warpgroup gives none
+};
+void probe_registers(RegisterFault fault);
+
 // One copy of a box; `out` is the image that it leaves in shared memory.
 struct TensorCopyProbe {
   const void* data;

@@ -163,6 +163,17 @@ __global__ void tensor_pipeline_kernel(const __grid_constant__ PipelineParams p)
   if (kFault == HopperFault::kNoProductWait) ptx::wgmma_wait<0>();
 }
 
+// 128 registers at the launch of 512 threads: 24 and 3 x 160 are less than all, 24 and 3 x 168 are more.
+template <RegisterFault kFault>
+__global__ void registers_kernel(const __grid_constant__ PipelineParams) {
+  const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
+  if (group == 0) {
+    if (kFault != RegisterFault::kOneWarp || threadIdx.x >= kWarp) ptx::give_registers<24>();
+  } else {
+    ptx::take_registers<kFault == RegisterFault::kTooMany ? 168 : 160>();
+  }
+}
+
 template <class T, int kN>
 void run_product(const ProductProbe& p) {
   const auto run = [&](void (*kernel)(ProductParams)) {
@@ -197,6 +208,17 @@ void probe_product(const ProductProbe& p) {
   if (p.n == 64) return p.is_float16 ? run_product<Float16, 64>(p) : run_product<BFloat16, 64>(p);
   if (p.n == 128) return p.is_float16 ? run_product<Float16, 128>(p) : run_product<BFloat16, 128>(p);
   throw std::runtime_error("64 or 128 columns");
+}
+
+void probe_registers(RegisterFault fault) {
+  const auto run = [](void (*kernel)(PipelineParams)) {
+    launch("registers", kernel, 1, 4 * kWarpgroup, 0, nullptr, PipelineParams{});
+  };
+  switch (fault) {
+    case RegisterFault::kNone: return run(registers_kernel<RegisterFault::kNone>);
+    case RegisterFault::kTooMany: return run(registers_kernel<RegisterFault::kTooMany>);
+    case RegisterFault::kOneWarp: return run(registers_kernel<RegisterFault::kOneWarp>);
+  }
 }
 
 void probe_tensor_pipeline(HopperFault fault, const PipelineProbe& probe) {

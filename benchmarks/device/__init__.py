@@ -1,0 +1,1 @@
+"""The GPU benchmark: python -m benchmarks.device. Its own cases, ten minutes in all."""
