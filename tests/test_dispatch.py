@@ -221,6 +221,22 @@ def test_every_way_to_ask_gives_the_reference(qkv: tuple, monkeypatch: pytest.Mo
         assert node() == kernel
 
 
+def test_a_compiled_function_follows_use_backend(qkv: tuple) -> None:
+    asked = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> Callable:
+        operator = torch.ops.hierkernels.attention_forward.default
+        asked.append([node.args[-1] for node in graph.graph.nodes if node.target is operator])
+        return graph.forward
+
+    compiled = torch.compile(lambda q: hk.attention(q, q, q), backend=record, fullgraph=True)
+    compiled(qkv[0])
+    for name in ("cpu", "reference", "cpu"):
+        with hk.use_backend(name):
+            compiled(qkv[0])
+    assert asked == [[""], ["cpu"], []]  # the reference is no operator; what fits is not made anew
+
+
 def _python(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
