@@ -289,4 +289,5 @@ def problem(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False, **options: Any
 ) -> AttentionCall:
     """The canonical form of a call, as hk.attention makes it."""
+    check_flag("return_lse", return_lse)
     return make_call(*autocast(q, k, v), **options)

@@ -125,4 +125,5 @@ def problem(
     **options: Any,
 ) -> AttentionCall:
     """The canonical form of a call, as hk.compressed_attention hands it to attention's backends."""
+    check_flag("return_lse", return_lse)
     return make_call(*autocast(q, k_cmp, v_cmp), **options).attention

@@ -170,5 +170,6 @@ def problem(
     **options: Any,
 ) -> AttentionCall:
     """The canonical form of a call, as hk.local_attention hands it to the backends of attention."""
+    check_flag("return_lse", return_lse)
     q, k, v = autocast(q, k, v)
     return make_call(q, k, v, window_size, **options).attention

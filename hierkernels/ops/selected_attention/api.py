@@ -171,5 +171,6 @@ def problem(
     **options: Any,
 ) -> SelectedCall:
     """The canonical form of a call, as hk.selected_attention makes it."""
+    check_flag("return_lse", return_lse)
     q, k, v = autocast(q, k, v)
     return make_call(q, k, v, block_indices, **options)
