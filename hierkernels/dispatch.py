@@ -18,7 +18,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 # On GPUs Triton comes first until a committed measurement says that the CUDA core is faster.
 AUTO_ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 # Backends without kernels for an operator beside the great ones.
-NO_KERNELS = {"rms_norm": ("cuda",), "rotary": ("cuda",)}
+NO_KERNELS = {"gelu": ("cuda",), "rms_norm": ("cuda",), "rotary": ("cuda",)}
 
 _forced: list[str] = []
 

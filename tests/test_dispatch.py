@@ -180,11 +180,14 @@ def test_explain_names_the_choice_and_refusals(qkv: tuple) -> None:
         hk.explain("attention", qkv[0][0], *qkv[1:])
 
 
-@pytest.mark.parametrize("op", ["attention", "rms_norm", "rotary"])
+@pytest.mark.parametrize("op", ["attention", "gelu", "layer_norm", "rms_norm", "rotary"])
 @pytest.mark.parametrize("backend", dispatch.BACKENDS)
 def test_explain_agrees_with_the_call(op: str, backend: str) -> None:
     x, table = torch.randn(1, 2, 5, 8), torch.randn(5, 4)
-    arguments = {"attention": (x, x, x), "rms_norm": (x, x[0, 0, 0]), "rotary": (x, table, table)}
+    arguments = {
+        "attention": (x, x, x), "gelu": (x,), "layer_norm": (x, x[0, 0, 0], x[0, 0, 0]),
+        "rms_norm": (x, x[0, 0, 0]), "rotary": (x, table, table),
+    }  # fmt: skip
 
     def refuses(ask: Callable[..., object], **options: str) -> bool:
         try:

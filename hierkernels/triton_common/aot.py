@@ -180,7 +180,8 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
     tile += f" {arguments.get('LOOP', '')}"
     name = launch.kernel.__name__.removesuffix("_kernel")
     name = re.sub(
-        "^_(attention|causal_sgu|selected_attention|select_blocks|native_sparse_attention|rms_norm)_",
+        "^_(attention|causal_sgu|selected_attention|select_blocks|native_sparse_attention|rms_norm"
+        "|gelu)_",
         "",
         name,
     )

@@ -69,6 +69,7 @@ SHAPES = (
     (_case("d40-dv8", H=1, D=40, Dv=8, is_causal=True), BF16),
     (_case("d256", H=1, D=256, is_causal=True), BF16),
     (_case("logits-x100", is_causal=True, gain=100.0), F32),
+    (_case("logits-x300", H=1, N=130, D=64, is_causal=True, gain=300.0), F32),
     (_case("bnhd", H=2, is_causal=True, layout="bnhd"), BF16),
     (_case("packed-projection", 2, 2, 66, Hkv=1, is_causal=True, layout="packed"), F32),
     (_case("unaligned", D=18, is_causal=True, layout="unaligned"), F32),

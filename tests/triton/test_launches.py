@@ -25,6 +25,8 @@ from hierkernels.ops.attention import triton as attention_backend
 from hierkernels.ops.causal_sgu import aot as sgu_cases
 from hierkernels.ops.causal_sgu import api as sgu
 from hierkernels.ops.causal_sgu import triton as sgu_backend
+from hierkernels.ops.gelu import api as gelu
+from hierkernels.ops.gelu import triton as gelu_backend
 from hierkernels.ops.native_sparse_attention import triton_gated_sum as gated_sum
 from hierkernels.ops.rms_norm import triton as norm_backend
 from hierkernels.ops.rms_norm.call import NormCall
@@ -81,11 +83,20 @@ def _sgu(N: int = 64, index: int = 0, window: int | None = None) -> None:
     sgu_backend.backward(call, z, out, (True,) * 5)
 
 
-def _norm(N: int = 64, index: int = 0) -> None:
+def _norm(N: int = 64, index: int = 0, layer: bool = False) -> None:
     x, weight = _empty(2, N, 512, index=index), _empty(512, index=index)
-    call = NormCall(x, weight, 1e-6, False, 1, BF16)
-    out, inverse = norm_backend.forward(call)
-    norm_backend.backward(call, inverse, out, (True, True))
+    call = NormCall(x, weight, weight if layer else None, 1e-6, False, 1, BF16)
+    out, *saved = norm_backend.forward(call)
+    norm_backend.backward(call, *saved, out, (True, True))
+
+
+def _layer_norm(N: int = 64, index: int = 0) -> None:
+    _norm(N, index, layer=True)
+
+
+def _gelu(N: int = 64, index: int = 0) -> None:
+    call = gelu.make_call(_empty(2, N, 512, index=index), "halves")
+    gelu_backend.backward(call, *gelu_backend.forward(call))
 
 
 def _rotary(N: int = 64, index: int = 0) -> None:
@@ -104,6 +115,8 @@ def _gated_sum(N: int = 64, index: int = 0) -> None:
 OPERATORS: dict[str, Callable[..., None]] = {
     "attention": _attention,
     "causal_sgu": _sgu,
+    "gelu": _gelu,
+    "layer_norm": _layer_norm,
     "rms_norm": _norm,
     "rotary": _rotary,
     "gated_sum": _gated_sum,
@@ -162,7 +175,8 @@ LENGTHS = [*range(129, 165), 512, 1000, 1024, 4095]
 
 
 @pytest.mark.parametrize(("op", "most"), [
-    ("attention", 1), ("causal_sgu", 2), ("rms_norm", 1), ("rotary", 1), ("gated_sum", 3),
+    ("attention", 1), ("causal_sgu", 2), ("gelu", 1), ("layer_norm", 1), ("rms_norm", 1),
+    ("rotary", 1), ("gated_sum", 3),
 ])  # fmt: skip
 def test_lengths_are_no_compile_time_numbers(op: str, most: int, gpu: FakeGPU) -> None:
     lengths = [n for n in LENGTHS if op != "causal_sgu" or n <= 512]

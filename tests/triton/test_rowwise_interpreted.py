@@ -1,4 +1,4 @@
-"""hk.rms_norm and hk.rotary on the Triton backend, interpreted on the CPU, against the oracle."""
+"""Norms, hk.gelu and hk.rotary on the Triton backend, interpreted, against the oracle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from hierkernels.ops.gelu import spec as gelus
+from hierkernels.ops.gelu import testing as gelu_testing
 from hierkernels.ops.rms_norm import reference as norm_reference
 from hierkernels.ops.rms_norm import spec as norms
 from hierkernels.ops.rms_norm import testing as norm_testing
@@ -25,6 +27,7 @@ _TABLE = [
     pytest.param(testing, case, dtype, id=f"{op}-triton-{name}")
     for op, testing, cases in (
         ("rms_norm", norm_testing, norms.CORRECTNESS),
+        ("gelu", gelu_testing, gelus.CORRECTNESS),
         ("rotary", rotary_testing, rotations.CORRECTNESS),
     )
     for name, case, dtype in case_ids(cases, (F32, *HALVES))
@@ -33,7 +36,7 @@ _TABLE = [
 
 @pytest.mark.parametrize(("testing", "case", "dtype"), _TABLE)
 def test_accuracy(
-    testing: ModuleType, case: norms.Case | rotations.Case, dtype: torch.dtype
+    testing: ModuleType, case: norms.Case | gelus.Case | rotations.Case, dtype: torch.dtype
 ) -> None:
     inputs = testing.make_inputs(case, dtype)
     with poisoned_memory():
@@ -41,15 +44,19 @@ def test_accuracy(
     testing.check_accuracy(inputs, results)
 
 
-def test_backward_follows_any_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bias", [False, True], ids=["rms", "layer"])
+def test_backward_follows_any_forward(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
     monkeypatch.setattr(norm_backend, "_PARTS", 2)  # several tiles to a program, one cut
-    inputs = norm_testing.make_inputs(norms.Case("saved", 7, 30, 20, shift=2), F32)
+    inputs = norm_testing.make_inputs(
+        norms.Case("saved", 7, 30, 20, shift=2, bias=bias, added=bias), F32
+    )
     monkeypatch.setattr(norm_backend, "_ELEMENTS", 1024)
     call, standard = inputs.call(), norm_testing.make_standard(inputs)
     for first, second in ((norm_reference, norm_backend), (norm_backend, norm_reference)):
-        out, inverse = first.forward(call)
-        dx, dweight = second.backward(call, inverse, inputs.dout, (True, True))
-        standard.check({"out": out, "dx": dx, "dweight": dweight})
+        out, *saved = first.forward(call)
+        names = list(inputs.differentiable())
+        grads = second.backward(call, *saved, inputs.dout, [True] * len(names))
+        standard.check({"out": out, **dict(zip(names, grads, strict=True))})
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

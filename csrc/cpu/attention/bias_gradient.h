@@ -19,6 +19,7 @@ class BiasGradient {
   BiasGradient(const AttentionParams& p, int threads)
       : t_(p.dbias), slots_(BiasSlots::from(p)), once_(p.dbias && p.bias_of_pairs()), n_keys_(p.n_keys()), copies_(1) {
     if (!t_) return;
+    large_ = t_.span_bytes() >= static_cast<int64_t>(kLargeOutput) && reinterpret_cast<uintptr_t>(t_.data) % 64 == 0;
     size_ = 1;
     for (int d = 0; d < 4; ++d) size_ *= t_.size[d];
     const bool shared = (p.batch() > 1 && t_.stride[0] == 0) || (p.kv_heads() > 1 && t_.stride[1] == 0);
@@ -44,6 +45,15 @@ class BiasGradient {
 
   // sums[b, h, i, j0 .. j0 + n) += 32 numbers, of which the first n count.
   HK_INLINE void add_row(F* sums, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, __m512 low, __m512 high) const {
+    if (!once_ && !slots_ && t_.stride[3] != 0) {
+      F* to = sums + b * t_.stride[0] + h * t_.stride[1] + i * t_.stride[2] + j0;
+      const __mmask16 first = first_lanes16(n), second = first_lanes16(n - 16);
+      _mm512_mask_storeu_ps(to, first, _mm512_add_ps(low, _mm512_maskz_loadu_ps(first, to)));
+      _mm512_mask_storeu_ps(to + 16, second, _mm512_add_ps(high, _mm512_maskz_loadu_ps(second, to + 16)));
+      __builtin_prefetch(to + 32, 1);
+      __builtin_prefetch(to + 48, 1);
+      return;
+    }
     if (!once_) {
       alignas(64) float line[32];
       _mm512_store_ps(line, low);
@@ -55,6 +65,8 @@ class BiasGradient {
     if (t_.dtype == DType::kFloat32) {
       _mm512_mask_storeu_ps(t_.as<float>() + at, static_cast<__mmask16>(valid), low);
       _mm512_mask_storeu_ps(t_.as<float>() + at + 16, static_cast<__mmask16>(valid >> 16), high);
+    } else if (t_.dtype == DType::kBFloat16 && valid == ~0u && large_ && at % 32 == 0) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(t_.as<uint16_t>() + at), to_bf16(low, high));
     } else if (t_.dtype == DType::kBFloat16) {
       _mm512_mask_storeu_epi16(t_.as<uint16_t>() + at, valid, to_bf16(low, high));
     } else {
@@ -91,6 +103,7 @@ class BiasGradient {
   Tensor t_;
   BiasSlots slots_;
   bool once_;
+  bool large_ = false;  // whole lines are written past the caches
   int64_t n_keys_;
   int copies_;
   int64_t size_ = 0;
