@@ -82,6 +82,9 @@ SHAPES = (
 MODIFIERS = (
     # One for each way that the gradient of a bias is summed; heads packed and not.
     (_case("bias-bhqk", 2, 2, 40, is_causal=True, bias="bhqk"), F32),
+    (_case("bias-bhqk-even", 2, 2, 48, is_causal=True, bias="bhqk"), F32),
+    (_case("bias-qk-even-packed", 2, 2, 34, Hkv=1, Nk=48, bias="qk"), BF16),
+    (_case("mask-qk-even", 2, 1, 40, Nk=64, mask="qk"), F32),
     (_case("bias-bhqk-packed", 1, 2, 40, Hkv=1, Nk=50, bias="bhqk"), BF16),
     (_case("bias-hqk", 3, 2, 40, is_causal=True, bias="hqk"), F32),
     (_case("bias-hqk-window-bf16", 2, 2, 66, window=(20, 0), bias="hqk"), BF16),

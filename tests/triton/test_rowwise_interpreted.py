@@ -69,5 +69,23 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [text for text in backend.supports(call) if "needs a GPU" in text]
     wide = norm_testing.make_inputs(norms.Case("wide", 1, 1, 8193), F32)
     assert [text for text in norm_backend.supports(wide.call()) if "at most 8192" in text]
-    far = replace(wide.call(), x=torch.zeros(1, 1, 4), shift=2**31)
-    assert [text for text in norm_backend.supports(far) if "beyond 32 bits" in text]
+    for far in ({"x": torch.zeros(1, 1, 4), "shift": 2**31}, {"x": _without_memory(2**31, 1, 4)}):
+        found = norm_backend.supports(replace(wide.call(), **far))
+        assert [text for text in found if "beyond 32 bits" in text]
+
+
+def _without_memory(*shape: int) -> torch.Tensor:
+    return torch.zeros(()).expand(shape)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Batches whose elements start beyond 2**31 are turned alike (memory is not touched)."""
+    x = torch.randn(2, 1, 3, 8)
+    cos, sin = torch.randn(2, 3, 4).unbind()
+    memory = torch.empty(2**32 + 128, dtype=F32)
+    far = memory.as_strided(x.shape, (2**31 + 64, 0, 2**30, 1))
+    far.copy_(x)
+    call = make_call(far, cos, sin)
+    out = torch.empty_like(x)
+    rotary_backend.plan(call, rotary_backend.target_of(far, True), out).run()
+    assert torch.equal(out, rotary_backend.forward(make_call(x, cos, sin)))

@@ -46,15 +46,14 @@ def spill_limit(case: Case) -> float:
     return 0
 
 
-def plan(case: Case, arch: int) -> list[Launch]:
+def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     """The launches of a case: forward, then backward."""
     to = getattr(torch, case.to)
-    x = torch.empty(8, 1024, case.channels, dtype=getattr(torch, case.dtype), device="meta")
-    weight = torch.empty(case.channels, dtype=x.dtype, device="meta")
+    x = torch.empty(8, 1024, case.channels, dtype=getattr(torch, case.dtype), device=device)
+    weight = torch.empty(case.channels, dtype=x.dtype, device=device)
     bias = torch.empty_like(weight) if case.bias else None
     call = make_call(x, weight, bias=bias, shift=case.shift, dtype=to)
     out, inverse, mean = call.new_outputs()
-    target = Target(f"sm_{arch}", "tf32")
     return [
         plan_forward(call, target, out, inverse, mean),
         plan_backward(call, target, inverse, mean, out, x)[0],
