@@ -32,6 +32,7 @@ compile-gpu: build
 	$(BIN)/python -m hierkernels.ops.selected_attention.aot
 	$(BIN)/python -m hierkernels.ops.select_blocks.aot
 	$(BIN)/python -m hierkernels.ops.native_sparse_attention.aot
+	$(BIN)/python -m hierkernels.ops.gelu.aot
 	$(BIN)/python -m hierkernels.ops.rms_norm.aot
 	$(BIN)/python -m hierkernels.ops.rotary.aot
 

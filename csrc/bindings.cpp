@@ -10,6 +10,7 @@
 #include "cpu/select_blocks/select_blocks.h"
 #include "cpu/selected_attention/selected_attention.h"
 #include "cpu/sgu/sgu.h"
+#include "stamp.h"
 
 namespace py = pybind11;
 using hierkernels::attention_params;
@@ -37,17 +38,28 @@ hierkernels::GatedSumParams gated_sum_params(const py::object& gates, const std:
   return p;
 }
 
-hierkernels::RmsNormParams rms_norm_params(const py::object& x, const py::object& weight, double floor, double addend, double scale,
-                                           int64_t shift, int64_t kept, const py::object& inverse) {
-  hierkernels::RmsNormParams p;
+hierkernels::NormParams norm_params(const py::object& x, const py::object& weight, const py::object& bias, double floor, double addend,
+                                    double scale, int64_t shift, int64_t kept, const py::object& inverse, const py::object& mean) {
+  hierkernels::NormParams p;
   p.x = tensor(x);
   p.weight = tensor(weight);
+  p.bias = tensor(bias);
   p.floor = floor;
   p.addend = addend;
   p.scale = scale;
   p.shift = shift;
   p.kept = kept;
   p.inverse = tensor(inverse);
+  p.mean = tensor(mean);
+  return p;
+}
+
+hierkernels::GeluParams gelu_params(const py::object& x, int64_t form, const py::object& first, const py::object& second) {
+  hierkernels::GeluParams p;
+  p.x = tensor(x);
+  p.form = static_cast<hierkernels::GeluForm>(form);
+  p.first = tensor(first);
+  p.second = tensor(second);
   return p;
 }
 
@@ -55,6 +67,7 @@ hierkernels::RmsNormParams rms_norm_params(const py::object& x, const py::object
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of hierkernels.";
+  m.attr("built_from") = hierkernels::built_from();
   hierkernels::bind_dtypes(m);
 
   m.def("cpu_isa", [] { return hierkernels::isa_name(hierkernels::active_isa()); });
@@ -129,22 +142,37 @@ PYBIND11_MODULE(_native, m) {
           hierkernels::selected_backward(p);
         });
 
-  m.def("rms_norm_forward", [](const py::object& x, const py::object& weight, double floor, double addend, double scale, int64_t shift,
-                               int64_t kept, const py::object& out, const py::object& inverse) {
-    hierkernels::RmsNormParams p = rms_norm_params(x, weight, floor, addend, scale, shift, kept, inverse);
-    p.out = tensor(out);
+  m.def("norm_forward",
+        [](const py::object& x, const py::object& weight, const py::object& bias, double floor, double addend, double scale,
+           int64_t shift, int64_t kept, const py::object& inverse, const py::object& mean, const py::object& out) {
+          hierkernels::NormParams p = norm_params(x, weight, bias, floor, addend, scale, shift, kept, inverse, mean);
+          p.out = tensor(out);
+          py::gil_scoped_release release;
+          hierkernels::norm_forward(p);
+        });
+  m.def("norm_backward",
+        [](const py::object& x, const py::object& weight, const py::object& bias, double floor, double addend, double scale,
+           int64_t shift, int64_t kept, const py::object& inverse, const py::object& mean, const py::object& dout,
+           const py::object& dx, const py::object& dweight, const py::object& dbias) {
+          hierkernels::NormParams p = norm_params(x, weight, bias, floor, addend, scale, shift, kept, inverse, mean);
+          p.dout = tensor(dout);
+          p.dx = tensor(dx);
+          p.dweight = tensor(dweight);
+          p.dbias = tensor(dbias);
+          py::gil_scoped_release release;
+          hierkernels::norm_backward(p);
+        });
+  m.def("gelu_forward", [](const py::object& x, int64_t form, const py::object& first, const py::object& second) {
+    hierkernels::GeluParams p = gelu_params(x, form, first, second);
     py::gil_scoped_release release;
-    hierkernels::rms_norm_forward(p);
+    hierkernels::gelu_forward(p);
   });
-  m.def("rms_norm_backward", [](const py::object& x, const py::object& weight, double floor, double addend, double scale, int64_t shift,
-                                int64_t kept, const py::object& inverse, const py::object& dout, const py::object& dx,
-                                const py::object& dweight) {
-    hierkernels::RmsNormParams p = rms_norm_params(x, weight, floor, addend, scale, shift, kept, inverse);
-    p.dout = tensor(dout);
+  m.def("gelu_backward", [](const py::object& x, int64_t form, const py::object& first, const py::object& second,
+                            const py::object& dx) {
+    hierkernels::GeluParams p = gelu_params(x, form, first, second);
     p.dx = tensor(dx);
-    p.dweight = tensor(dweight);
     py::gil_scoped_release release;
-    hierkernels::rms_norm_backward(p);
+    hierkernels::gelu_backward(p);
   });
   m.def("rotary", [](const py::object& x, const py::object& cos, const py::object& sin, bool transposed,
                      const py::object& out) {

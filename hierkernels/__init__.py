@@ -6,6 +6,8 @@ from hierkernels.key_range import KeyRange, Staircase
 from hierkernels.ops.attention import attention
 from hierkernels.ops.causal_sgu import causal_sgu
 from hierkernels.ops.compressed_attention import compressed_attention
+from hierkernels.ops.gelu import gelu
+from hierkernels.ops.layer_norm import layer_norm
 from hierkernels.ops.local_attention import local_attention
 from hierkernels.ops.native_sparse_attention import native_sparse_attention
 from hierkernels.ops.rms_norm import rms_norm
@@ -23,6 +25,8 @@ __all__ = [
     "causal_sgu",
     "compressed_attention",
     "explain",
+    "gelu",
+    "layer_norm",
     "local_attention",
     "native_sparse_attention",
     "rms_norm",

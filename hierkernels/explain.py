@@ -9,6 +9,8 @@ from hierkernels import dispatch
 from hierkernels.ops.attention.api import problem as attention_problem
 from hierkernels.ops.causal_sgu.api import problem as causal_sgu_problem
 from hierkernels.ops.compressed_attention.api import problem as compressed_attention_problem
+from hierkernels.ops.gelu.api import problem as gelu_problem
+from hierkernels.ops.layer_norm.api import problem as layer_norm_problem
 from hierkernels.ops.local_attention.api import problem as local_attention_problem
 from hierkernels.ops.native_sparse_attention.api import problem as native_sparse_attention_problem
 from hierkernels.ops.rms_norm.api import problem as rms_norm_problem
@@ -21,6 +23,8 @@ PROBLEMS: dict[str, Callable[..., Any]] = {
     "attention": attention_problem,
     "causal_sgu": causal_sgu_problem,
     "compressed_attention": compressed_attention_problem,
+    "gelu": gelu_problem,
+    "layer_norm": layer_norm_problem,
     "local_attention": local_attention_problem,
     "native_sparse_attention": native_sparse_attention_problem,
     "rms_norm": rms_norm_problem,
@@ -31,6 +35,7 @@ PROBLEMS: dict[str, Callable[..., Any]] = {
 # Operators that the backends of another one compute, or most of them.
 _COMPUTED_BY = {
     "compressed_attention": "attention",
+    "layer_norm": "rms_norm",
     "local_attention": "attention",
     "native_sparse_attention": "selected_attention",
 }
@@ -41,8 +46,9 @@ def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> 
 
     Raises ValueError for an unknown op, and whatever the op itself would raise.
     """
-    if op not in PROBLEMS:
+    if not isinstance(op, str) or op not in PROBLEMS:
         raise ValueError(f"op must be one of {', '.join(PROBLEMS)}, got {op!r}")
     call = PROBLEMS[op](*args, **options)
     computed_by = _COMPUTED_BY.get(op, op)
-    return dispatch.survey(computed_by, call, dispatch.requested_backend(backend))
+    asked = dispatch.requested_backend(backend, dispatch.NO_KERNELS.get(computed_by, ()))
+    return dispatch.survey(computed_by, call, asked)

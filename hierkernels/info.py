@@ -96,6 +96,10 @@ def _plain_call(op: str, device: str) -> tuple[list[torch.Tensor], dict[str, Any
         shapes: tuple[tuple[int, ...], ...] = ((1, 1, 64), (1, 1, 64), (1, 1, 1), (1, 1))
     elif op == "rms_norm":
         shapes = ((1, 1, 64), (64,))
+    elif op == "layer_norm":
+        shapes = ((1, 1, 64), (64,), (64,))
+    elif op == "gelu":
+        shapes = ((1, 64),)
     elif op == "rotary":
         shapes = ((1, 1, 1, 64), (1, 32), (1, 32))
     else:

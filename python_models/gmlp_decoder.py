@@ -99,7 +99,7 @@ class BlockCache:
         """Runs the next token: ``(B, 1, C) -> (B, 1, C)``."""
         block = self.block
         gate_residual = None if block.attn is None else self._attend(x)
-        residual, gate = block.sgu.split(block.proj_in(x))
+        residual, gate = block.sgu.normalized(block.proj_in(x))
         gate = self._mix(gate)
         if gate_residual is not None:
             gate = gate + gate_residual
@@ -157,7 +157,7 @@ class LayerCache:
             q, k, v = block.attn.project(flat)
             gate_residual = block.attn.attend(q, k, v)
             kv = rearrange(torch.stack((k, v)), "kv (e b) 1 n a -> e kv b 1 n a", e=e)
-        residual, gate = block.sgu.split(block.proj_in(flat))
+        residual, gate = block.sgu.normalized(block.proj_in(flat))
         y = block.proj_out(block.sgu.mix(residual, gate, gate_residual))
         gate = rearrange(gate, "(e b) n f -> e b n f", e=e)
         for c, cache in enumerate(self.classes):

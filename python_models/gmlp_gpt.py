@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import hierkernels as hk
 from python_models.arguments import check_integer, check_token_type, check_token_values
 from python_models.gmlp_decoder import Decoder
-from python_models.layers import Linear, PreNorm
+from python_models.layers import GELU, LayerNorm, Linear, PreNorm
 from python_models.pretrained import Pretrained
 from python_models.reversible import ReversibleSequence, SequentialSequence
 
@@ -42,7 +42,9 @@ def is_fused(act: Callable[[Tensor], Tensor]) -> bool:
 
 
 class CausalSGU(nn.Module):
-    """Causal spatial gating unit: ``x (B, N, F)`` and ``(B, N, F // 2)`` give ``(B, N, F // 2)``.
+    """Causal spatial gating unit of ``(residual, gate)`` and ``gate_residual (B, N, F // 2)``.
+
+    All three, the last one optional, are ``(B, N, F // 2)``, and so is the result.
 
     Args:
         dim: F.
@@ -68,7 +70,7 @@ class CausalSGU(nn.Module):
         super().__init__()
         self.heads = heads
         self.window = window
-        self.norm = nn.LayerNorm(dim // 2)
+        self.norm = LayerNorm(dim // 2)
         rows, columns = (dim_seq, dim_seq) if window is None else (window, 2 * window)
         self.weight = nn.Parameter(torch.zeros(heads, rows, columns))
         nn.init.uniform_(self.weight, -init_eps / rows, init_eps / rows)
@@ -79,9 +81,9 @@ class CausalSGU(nn.Module):
             "mask", torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
         )
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual and normalised gate, ``(B, N, F // 2)`` each."""
-        residual, gate = x.chunk(2, dim=-1)
+    def normalized(self, halves: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The residual, and the gate after the norm."""
+        residual, gate = halves
         return residual, self.norm(gate)
 
     def mix(self, residual: Tensor, gate: Tensor, gate_residual: Tensor | None) -> Tensor:
@@ -98,8 +100,8 @@ class CausalSGU(nn.Module):
         )
         return mixed if fused else self.act(mixed) * residual
 
-    def forward(self, x: Tensor, gate_residual: Tensor | None = None) -> Tensor:
-        residual, gate = self.split(x)
+    def forward(self, halves: tuple[Tensor, Tensor], gate_residual: Tensor | None = None) -> Tensor:
+        residual, gate = self.normalized(halves)
         return self.mix(residual, gate, gate_residual)
 
 
@@ -165,7 +167,7 @@ class gMLPBlock(nn.Module):
                 upstream_quirks=upstream_quirks,
             )
         )
-        self.proj_in = nn.Sequential(Linear(dim, dim_ff), nn.GELU())
+        self.proj_in = nn.Sequential(Linear(dim, dim_ff), GELU("halves"))
         self.sgu = CausalSGU(
             dim=dim_ff,
             dim_seq=seq_len,
@@ -202,21 +204,13 @@ class AxiallyFold(nn.Module):
         return rearrange(self.conv(F.pad(x, (e - 1, 0))), "b c n -> b n c")
 
 
-class GEGLU(nn.Module):
-    """The first half of the channels times GELU of the second (Shazeer, 2020)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        return x * F.gelu(gate)
-
-
 class FeedForward(nn.Module):
     """Gated feed-forward layer without a norm: ``(B, N, C) -> (B, N, C)``."""
 
     def __init__(self, dim: int, mult: int) -> None:
         super().__init__()
         inner = int(dim * mult * 2 / 3)
-        self.net = nn.Sequential(Linear(dim, 2 * inner), GEGLU(), Linear(inner, dim))
+        self.net = nn.Sequential(Linear(dim, 2 * inner), GELU("gated"), Linear(inner, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -326,7 +320,7 @@ class gMLPGPT(Pretrained, nn.Module):
             if reversible
             else SequentialSequence(gmlps)
         )
-        self.to_logits = nn.Sequential(nn.LayerNorm(dim), Linear(dim, num_tokens))
+        self.to_logits = nn.Sequential(LayerNorm(dim), Linear(dim, num_tokens))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, N, V)`` of the token after each of the integer tokens ``x (B, N)``.

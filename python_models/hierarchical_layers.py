@@ -8,6 +8,7 @@ the next.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.hierarchical_config import Hierarchy
-from python_models.layers import Linear, LocalMHA, normalize, token_shift
+from python_models.layers import GELU, Linear, LocalMHA, normalize
 from python_models.rotary import LocalRotaryEmbedding, project_turned
 
 XPOS_SCALE_BASE = 512
@@ -49,7 +50,7 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(
             RMSNorm(dim),
             Linear(dim, inner, bias=False),
-            nn.GELU(),
+            GELU(),
             Linear(inner, dim, bias=False),
         )
 
@@ -59,7 +60,7 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention over the whole sequence with xpos: ``(B, N, C) -> (B, N, C)``."""
+    """Token shift, causal attention over all tokens with xpos: ``(B, N, C)`` to the same."""
 
     def __init__(self, *, dim: int, dim_head: int, heads: int) -> None:
         super().__init__()
@@ -70,9 +71,9 @@ class Attention(nn.Module):
         self.to_qkv = Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = Linear(heads * dim_head, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        phases = self.rotary_emb.phases(x.shape[1], 0)
-        q, k, v = project_turned(self.norm(x), self.to_qkv, self.heads, phases)
+    def forward(self, x: Tensor, shift: int = 0) -> Tensor:
+        tables = self.rotary_emb.turning_tables(x.shape[1], 0)
+        q, k, v = project_turned(self.norm(x, shift), self.to_qkv, self.heads, tables)
         out = hk.attention(q, k, v, is_causal=True)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -169,7 +170,8 @@ class HierarchicalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.attn is not None:
-            x = self.by_class(self.attn, token_shift(x, self.classes)) + x
+            # Within a class the row that is so many rows earlier is the one before.
+            x = self.by_class(partial(self.attn, shift=1), x) + x
         return self.ff(x, self.classes) + x
 
     def by_class(self, attend: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from python_models.hierarchical_layers import (
     cosine_loss,
     cross_entropy,
 )
-from python_models.layers import Linear
+from python_models.layers import LayerNorm, Linear
 from python_models.pretrained import Pretrained
 from python_models.sampling import (
     Recomputation,
@@ -153,7 +153,9 @@ class HierarchicalTransformer(Pretrained, nn.Module):
         self.compressors = nn.ModuleList(
             Compress(h, max(self.dims), num_tokens, recon_loss_weight > 0) for h in self.hierarchies
         )
-        self.post_token_emb_norms = nn.ModuleList(map(nn.LayerNorm, self.dims))
+        self.post_token_emb_norms = nn.ModuleList(
+            LayerNorm(c, enters_product=False) for c in self.dims
+        )
         self.layers = nn.ModuleList()
         self.hierarchical_merges = nn.ModuleList()
         for _ in range(depth):
@@ -161,7 +163,7 @@ class HierarchicalTransformer(Pretrained, nn.Module):
             if len(self.dims) > 1:
                 dim_out = sum(self.dims) if hierarchy_merge_all else predicting.dim
                 self.hierarchical_merges.append(HierarchicalMerge(sum(self.dims), dim_out))
-        self.norms = nn.ModuleList(map(nn.LayerNorm, self.dims))
+        self.norms = nn.ModuleList(LayerNorm(c, enters_product=False) for c in self.dims)
         dim_logits = sum(self.dims) if predict_use_all_hierarchy else predicting.dim
         self.to_logits = Linear(dim_logits, num_tokens, bias=False)
 

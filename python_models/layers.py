@@ -36,6 +36,40 @@ def normalize(x: Tensor, gain: Tensor, eps: float, shift: int = 0) -> Tensor:
     return hk.rms_norm(x, gain, eps=eps, shift=shift, dtype=to)
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the channels: its parameters, its results, in one pass each way.
+
+    ``(..., N, C)`` to the same. ``shift`` delays the second half of the channels first, by so many
+    tokens (see token_shift). enters_product: under autocast the result has the dtype of a product.
+    """
+
+    def __init__(self, dim: int, *, enters_product: bool = True) -> None:
+        super().__init__(dim)
+        self.enters_product = enters_product
+
+    def forward(self, x: Tensor, shift: int = 0) -> Tensor:
+        to = product_dtype(x) if self.enters_product else x.dtype
+        if to in (torch.float16, torch.bfloat16) and x.dtype not in (to, torch.float32):
+            x = x.float()
+        weight, bias = self.weight, self.bias
+        return hk.layer_norm(x, weight, bias, eps=self.eps, shift=shift, dtype=to or x.dtype)
+
+
+class GELU(nn.Module):
+    """GELU in one pass each way: ``(..., C)`` to the same.
+
+    form "halves" gives the two halves of the channels apart, ``(..., C / 2)`` each, "gated" the
+    first one times GELU of the second (GEGLU; Shazeer, 2020), ``(..., C / 2)``.
+    """
+
+    def __init__(self, form: str = "plain") -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, x: Tensor) -> Any:
+        return hk.gelu(x, form=self.form)
+
+
 class Linear(nn.Linear):
     """nn.Linear: its weights, its results; in float32 on CPUs by the quicker library."""
 
@@ -82,7 +116,7 @@ class FeedForward(nn.Sequential):
         super().__init__(
             RMSNorm(dim),
             Linear(dim, dim * mult),
-            nn.GELU(),
+            GELU(),
             nn.Dropout(dropout),
             Linear(dim * mult, dim),
         )
@@ -96,12 +130,12 @@ class FeedForward(nn.Sequential):
 
 
 class PreNorm(nn.Module):
-    """Layer norm, then fn, which gets further arguments as they are."""
+    """Layer norm, then fn, which begins with a product and gets further arguments as they are."""
 
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()
         self.fn = fn
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         return self.fn(self.norm(x), *args, **options)
@@ -259,7 +293,7 @@ class LocalMHA(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(dim) if prenorm else None
+        self.norm = LayerNorm(dim) if prenorm else None
         self.to_qkv = Linear(dim, dim_head * heads * 3, bias=False)
         self.qk_rmsnorm = qk_rmsnorm
         if qk_rmsnorm:
@@ -282,20 +316,25 @@ class LocalMHA(nn.Module):
         attn_bias: Tensor | None = None,
         cache: Tensor | None = None,
         return_cache: bool = False,
+        shift: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x ``(B, N, C)``; mask ``(B, N)`` bool, True = real token; attn_bias ``(H, w, slots)``.
+
+        ``shift`` delays the second half of the channels first, by so many tokens; needs prenorm.
 
         With a cache ``(2, B, H, N, D)``, the keys and values that return_cache gave back, x is the
         one new token of a causal layer; mask and attn_bias must be None.
         """
         if self.norm is not None:
-            x = self.norm(x)
+            x = self.norm(x, shift)
+        elif shift:
+            raise ValueError("shift needs prenorm=True: the norm delays the channels")
         rotary = self.attn_fn.rel_pos
         # Keys of a cache are as they were projected; xpos may cut the sequence first.
         turns_first = rotary is not None and rotary.scale_base is None and not self.qk_rmsnorm
         if turns_first and cache is None and not return_cache:
-            phases = rotary.phases(x.shape[1], self.attn_fn.ahead)
-            turned = project_turned(x, self.to_qkv, self.heads, phases)
+            tables = rotary.turning_tables(x.shape[1], self.attn_fn.ahead)
+            turned = project_turned(x, self.to_qkv, self.heads, tables)
             out = self.attn_fn.attend_turned(*turned, mask, attn_bias)
         else:
             out, k, v = self._attend(x, mask, attn_bias, cache)

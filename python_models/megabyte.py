@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.arguments import check_integers, check_token_type, check_token_values
-from python_models.layers import FeedForward, Linear, RMSNorm
+from python_models.layers import FeedForward, LayerNorm, Linear, RMSNorm
 from python_models.megabyte_decoder import Decoder
 from python_models.pretrained import Pretrained
 from python_models.rotary import RotaryEmbedding
@@ -188,9 +188,9 @@ class MEGABYTE(Pretrained, nn.Module):
                 nn.Sequential(
                     nn.Embedding(num_tokens, fine_dim),
                     Rearrange("b n patch c -> b n (patch c)"),
-                    nn.LayerNorm(patch * fine_dim),
+                    LayerNorm(patch * fine_dim),
                     Linear(patch * fine_dim, c),
-                    nn.LayerNorm(c),
+                    LayerNorm(c, enters_product=False),
                 )
             )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hierkernels as hk
 from python_models.arguments import check_token_type, check_token_values
-from python_models.layers import Linear, PreNorm, Residual
+from python_models.layers import GELU, LayerNorm, Linear, PreNorm, Residual
 from python_models.relative_position import RelativePositionBias
 
 
@@ -105,7 +105,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(Linear(dim, 4 * dim), nn.GELU(), Linear(4 * dim, dim))
+        self.net = nn.Sequential(Linear(dim, 4 * dim), GELU(), Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -164,7 +164,7 @@ class TransformerWrapper(nn.Module):
         self.max_seq_len = max_seq_len
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.layer_blocks = layers
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim, enters_product=False)
         self.to_logits = Linear(dim, num_tokens) if to_logits else nn.Identity()
 
     def forward(self, ids: Tensor, context: Tensor, **masks: Tensor | None) -> Tensor:

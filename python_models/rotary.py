@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import hierkernels as hk
 from hierkernels.products import linear
+
+Tables = tuple[Tensor, Tensor]  # of cosines and of sines
 
 
 class RotaryEmbedding(nn.Module):
@@ -82,19 +85,17 @@ class LocalRotaryEmbedding(RotaryEmbedding):
         decay = torch.cat((decay, decay), dim=-1)
         return (cos * decay, sin * decay), (cos / decay, sin / decay)
 
-    def phases(self, length: int, ahead: int) -> tuple[Tensor, Tensor]:
-        """Complex tables for :func:`project_turned` of queries and of keys, ``(length, D / 2)``.
+    def turning_tables(self, length: int, ahead: int) -> tuple[Tables, Tables]:
+        """Tables for :func:`project_turned`, of queries and of keys, each ``(length, D / 2)``.
 
         The queries stand so many positions ahead of their own keys.
         """
         total = length + ahead
-        angles, decay = self.angles(total), self.decay(total)
-        if angles.dtype in (torch.float16, torch.bfloat16):  # there is no complex number of them
-            angles, decay = angles.float(), None if decay is None else decay.float()
+        (cos, sin), decay = self.tables_of_pairs(total), self.decay(total)
         if decay is None:
-            turns = torch.polar(torch.ones_like(angles), angles)
-            return turns[ahead:], turns[:length]
-        return torch.polar(decay, angles)[ahead:], torch.polar(1 / decay, angles)[:length]
+            return (cos[ahead:], sin[ahead:]), (cos[:length], sin[:length])
+        queries = tuple((t * decay)[ahead:] for t in (cos, sin))
+        return queries, tuple((t / decay)[:length] for t in (cos, sin))
 
     def turn(self, q: Tensor, k: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
         """q, k ``(..., N, D)``, the last query at the last key's position plus ``ahead``."""
@@ -105,25 +106,19 @@ class LocalRotaryEmbedding(RotaryEmbedding):
 
 
 def project_turned(
-    x: Tensor, to_qkv: nn.Linear, heads: int, phases: tuple[Tensor, Tensor]
+    x: Tensor, to_qkv: nn.Linear, heads: int, tables: tuple[Tables, Tables]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of ``x (B, N, C)``, ``(B, H, N, D)`` each, q and k turned.
 
-    Equal to the layer followed by :func:`apply_rotary`, but for the order of the channels of q and
-    k, which no product of a query and a key depends on: the two of a pair stand side by side, so
-    that turning is one complex product, several times as fast.
+    Equal to the layer followed by :func:`apply_rotary`. A product for each of the three needs no
+    gradient put together of theirs.
 
     Args:
         to_qkv: the layer, without bias, whose outputs are q, k and v, each of all heads.
-        phases: complex, ``(N, D / 2)``, of queries and of keys.
+        tables: of queries and of keys, see :meth:`LocalRotaryEmbedding.turning_tables`.
     """
-    turned, inner = 2 * to_qkv.out_features // 3, to_qkv.out_features // 3
-    halves = to_qkv.weight[:turned].view(2 * heads, 2, -1, to_qkv.in_features)
-    pairs = halves.transpose(1, 2).reshape(turned, to_qkv.in_features)
-    qk, v = linear(x, torch.cat((pairs, to_qkv.weight[turned:]))).split((turned, inner), dim=-1)
-    dtype = qk.dtype
-    qk = qk.unflatten(-1, (2, heads, inner // heads // 2, 2))
-    table = torch.stack(phases, dim=1).unsqueeze(2)  # (N, 2, 1, D / 2)
-    qk = torch.view_as_complex(qk.to(table.real.dtype)) * table
-    q, k = torch.view_as_real(qk).flatten(-2).to(dtype).permute(2, 0, 3, 1, 4)
-    return q, k, v.unflatten(-1, (heads, -1)).transpose(1, 2)
+    q, k, v = (
+        linear(x, weight).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for weight in to_qkv.weight.chunk(3)
+    )
+    return hk.rotary(q, *tables[0]), hk.rotary(k, *tables[1]), v

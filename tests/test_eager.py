@@ -41,12 +41,19 @@ def test_plain_tensors(context: Callable[[], AbstractContextManager]) -> None:
             assert is_unwatched((t, None, t))
 
 
+def _fake_gpu_tensor() -> torch.Tensor:
+    """Looks like one of a CUDA device, which nothing may initialise on its account."""
+    with FakeTensorMode():
+        return torch.empty(2, device="cuda:0")
+
+
 SPECIAL: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "negated": torch._neg_view,
     "zero": lambda x: torch._efficientzerotensor(x.shape),
     "sparse": lambda x: x.to_sparse(),
     "meta": lambda x: x.to("meta"),
     "fake": lambda x: FakeTensorMode().from_tensor(x),
+    "fake-gpu": lambda x: _fake_gpu_tensor(),
     "subclass": lambda x: torch.nested.nested_tensor([x], layout=torch.jagged),
 }
 

@@ -66,6 +66,11 @@ def _ops() -> dict[str, _Op]:
         ),
         "causal_sgu-weight": _Op(lambda w, **kw: hk.causal_sgu(x, x, w, bias, **kw), weight),
         "rms_norm": _Op(lambda x, **kw: hk.rms_norm(x, weight[0, 0, [0] * 8], shift=1, **kw), x),
+        "layer_norm": _Op(
+            lambda x, **kw: hk.layer_norm(x, weight[0, 0, [0] * 8], bias[0, [1] * 8], **kw), x
+        ),
+        "gelu": _Op(lambda x, **kw: hk.gelu(x, **kw), x),
+        "gelu-halves": _Op(lambda x, **kw: hk.gelu(x, form="halves", **kw)[1], x),
         "rotary": _Op(lambda x, **kw: hk.rotary(x, table, table, **kw), q),
     }
 

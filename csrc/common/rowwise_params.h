@@ -6,21 +6,39 @@
 
 namespace hierkernels {
 
-// s = x, with the channels from `kept` on delayed by `shift` tokens;
-// out = s scale / max(sqrt(|s|^2 + addend), floor) weight, where addend or floor is 0.
-struct RmsNormParams {
+// s = x, with the channels from `kept` on delayed by `shift` tokens, less its mean if there is a bias;
+// out = s scale / max(sqrt(|s|^2 + addend), floor) weight + bias, where addend or floor is 0.
+struct NormParams {
   Tensor x;       // (B, N, C), contiguous
   Tensor weight;  // (C), contiguous, float32, or float64 for float64
+  Tensor bias;    // as weight, optional: a layer norm
   double floor = 0, addend = 0, scale = 1;
   int64_t shift = 0, kept = 0;
 
   Tensor out;      // as x, of its own type
   Tensor inverse;  // (B, N), what s was divided by, inverted; of the type of weight
+  Tensor mean;     // as inverse, with bias only
 
   // Backward only.
   Tensor dout;     // as out
   Tensor dx;       // as x, optional
   Tensor dweight;  // (parts, C), of the type of weight, optional: one sum for each of the equal parts of the rows
+  Tensor dbias;    // as dweight
+};
+
+// How GELU of channels is given back.
+enum class GeluForm {
+  kPlain,   // (R, C)
+  kHalves,  // the halves of the channels apart, (R, C / 2) each
+  kGated,   // GELU of the second half times the first, (R, C / 2)
+};
+
+// All contiguous, of one type.
+struct GeluParams {
+  Tensor x;              // (R, C)
+  Tensor first, second;  // the result, or its gradient; second with kHalves only
+  Tensor dx;             // as x; backward only
+  GeluForm form = GeluForm::kPlain;
 };
 
 // Channels c and c + D / 2 turned: (a, b) -> (a cos - b sin, b cos + a sin).

@@ -1,4 +1,4 @@
-// exp2, log2 and tanh of vectors (part of simd.h).
+// exp2, log2, tanh and GELU of vectors (part of simd.h).
 #pragma once
 #include "simd.h"
 
@@ -110,6 +110,31 @@ HK_INLINE V tanh(V x) {
   const V large = F(1) - F(2) / (exp2(magnitude * F(2 * kLog2E)) + F(1));
   const V signed_large = x < F(0) ? -large : large;
   return magnitude < F(0.625) ? tanh_small(x) : signed_large;
+}
+
+// The standard normal distribution, given its density times sqrt(2 pi), exp(-x^2 / 2). The tail over that is a polynomial
+// in 1 / (1 + 0.27 |x|), in the manner of Abramowitz and Stegun 7.1.26; minimax, relative error 2.4e-8.
+HK_INLINE VecF normal_cdf(VecF x, VecF density) {
+  constexpr float kTail[] = {0.0f,          0.107720173f,  0.107550647f, 0.101758160f,  0.0722443213f,
+                             0.107389893f, -0.0686067906f, 0.169278588f, -0.126248825f, 0.0289138946f};
+  const VecF magnitude = x < 0.0f ? -x : x;
+  const VecF t = 1.0f / fma(magnitude, set1(0.27f), set1(1.0f));
+  const VecF tail = polynomial<float>(kTail, t) * density;
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+HK_INLINE VecD normal_cdf(VecD x, VecD) {
+  VecD y;
+  for (int i = 0; i < kWidth<double>; ++i) y[i] = 0.5 * ::erfc(-0.70710678118654752440 * x[i]);
+  return y;
+}
+// value = x P(X <= x) for a standard normal X, and its slope.
+template <class V>
+HK_INLINE void gelu(V x, V& value, V& slope) {
+  using F = decltype(+V{}[0]);
+  const V density = exp2(x * x * F(-0.5 * kLog2E));
+  const V cdf = normal_cdf(x, density);
+  value = x * cdf;
+  slope = fma(x * F(0.39894228040143267794), density, cdf);
 }
 
 }  // namespace

@@ -28,11 +28,18 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from hierkernels.triton_common.launch import Launch, Target
+from hierkernels.triton_common.device import SHARED_MEMORY, device_family
+from hierkernels.triton_common.launch import OPTIONS, Launch, Target
+from hierkernels.triton_common.resources import (
+    BOUNDED,
+    accesses,
+    products_of_32_bits,
+    programs_that_fit,
+    tensor_share,
+)
 
 ARCHITECTURES = (80, 90, 100)
-# Bytes of shared memory that a program may have.
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+OTHERS = (86, 89, 120)  # which take the row of sm_86
 _TENSOR_MEMORY = 512  # columns
 
 
@@ -62,17 +69,27 @@ class Report:
     spill_stores: int
     spill_loads: int
     shared: int
+    programs: int  # that a multiprocessor holds at once
     products: str
+    tensor_share: float | None  # resources.tensor_share
+    narrow: int  # loads and stores of less than 4 bytes
     seconds: float
     problem: str
 
     def __str__(self) -> str:
+        share = "    " if self.tensor_share is None else f"{self.tensor_share:4.0%}"
+        narrow = f" {self.narrow} narrow" if self.narrow else ""
         return (
             f"sm_{self.arch:<4d}{self.case:14s}D{self.channels:<4d}{self.kernel:15s}{self.tile:22s}"
             f"{self.registers:4d} registers {self.spill_stores:4d}/{self.spill_loads:<4d} B spill "
-            f"{self.shared / 1024:6.1f} KiB  {self.products:14s}{self.seconds:5.1f} s  "
-            f"{self.problem or 'ok'}"
+            f"{self.shared / 1024:6.1f} KiB {self.programs:2d} a SM  {self.products:14s}{share}"
+            f"{self.seconds:5.1f} s  {self.problem or 'ok'}{narrow}"
         )
+
+
+def family_of(arch: int) -> str:
+    """The family of configurations of an architecture: 89 -> sm_86."""
+    return device_family(divmod(arch, 10))
 
 
 def target_for(case: AnyCase, family: str) -> Target:
@@ -138,11 +155,7 @@ def _assemble(ptx: str, arch: int) -> str:
 def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float) -> Report:
     """Compiles one launch of a case and judges it; spill_limit: bytes of spill stores allowed."""
     arguments = launch.arguments
-    options = {
-        name: arguments[name]
-        for name in ("num_warps", "num_stages", "enable_fp_fusion")
-        if name in arguments
-    }
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
     start = time.perf_counter()
     source = ASTSource(launch.kernel, *_describe(launch))
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -162,8 +175,10 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
     products = next((f"{kind.split('.')[0]} {n}" for kind, n in counts.items() if n), plain)
     if "cp.async.bulk.tensor" in ptx:
         products += " tma"
+    registers = number(r"Used (\d+) registers")
     spills = number(r"(\d+) bytes spill stores")
-    shared, limit = compiled.metadata.shared, SHARED_MEMORY[arch]
+    shared = compiled.metadata.shared
+    limit = SHARED_MEMORY[family_of(arch)]
     problems = []
     if spills > spill_limit:
         problems.append("spills")
@@ -171,6 +186,9 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
         problems.append(f"shared memory over {limit}")
     if getattr(compiled.metadata, "tmem_size", 0) > _TENSOR_MEMORY:
         problems.append(f"tensor memory over {_TENSOR_MEMORY}")
+    wrapping = products_of_32_bits(compiled.asm["ttir"])
+    if wrapping := wrapping - BOUNDED.get(launch.kernel.__name__, {}).keys():
+        problems.append("32-bit products in addresses: " + " ".join(sorted(wrapping)))
     if "serializ" in log:
         problems.append("serialised")
     if case.dtype != "float32" and products.startswith("fma"):
@@ -180,13 +198,16 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
     tile += f" {arguments.get('LOOP', '')}"
     name = launch.kernel.__name__.removesuffix("_kernel")
     name = re.sub(
-        "^_(attention|causal_sgu|selected_attention|select_blocks|native_sparse_attention|rms_norm)_",
+        "^_(attention|causal_sgu|selected_attention|select_blocks|native_sparse_attention|rms_norm"
+        "|gelu)_",
         "",
         name,
     )
     return Report(
-        case.name, case.channels, arch, name, tile, number(r"Used (\d+) registers"), spills,
-        number(r"(\d+) bytes spill loads"), shared, products, round(seconds, 1),
+        case.name, case.channels, arch, name, tile, registers, spills,
+        number(r"(\d+) bytes spill loads"), shared,
+        programs_that_fit(arch, registers, shared, options["num_warps"]), products,
+        tensor_share(compiled.asm["cubin"], arch), accesses(ptx).narrow, round(seconds, 1),
         ", ".join(problems),
     )  # fmt: skip
 
@@ -194,7 +215,7 @@ def compile_launch(case: AnyCase, arch: int, launch: Launch, spill_limit: float)
 def _compile_index(module: str, case: int, arch: int, index: int) -> Report:
     """In a worker process: kernels and tensors do not travel, so the plan is made again."""
     op = importlib.import_module(module)
-    launch = op.plan(op.CASES[case], target_for(op.CASES[case], f"sm_{arch}"))[index]
+    launch = op.plan(op.CASES[case], target_for(op.CASES[case], family_of(arch)))[index]
     return compile_launch(op.CASES[case], arch, launch, op.spill_limit(op.CASES[case]))
 
 
@@ -205,7 +226,7 @@ def compile_all(module: str, cases: list[int], archs: list[int], jobs: int) -> I
         (module, c, arch, i)
         for arch in archs
         for c in cases
-        for i in range(len(op.plan(op.CASES[c], target_for(op.CASES[c], f"sm_{arch}"))))
+        for i in range(len(op.plan(op.CASES[c], target_for(op.CASES[c], family_of(arch)))))
     ]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_compile_index, *zip(*work, strict=True))
@@ -219,7 +240,8 @@ def main(module: str, description: str | None) -> int:
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every case, not only the quick set")
     parser.add_argument("--case", nargs="*", help="only cases of these names")
-    parser.add_argument("--arch", nargs="*", type=int, default=ARCHITECTURES)
+    parser.add_argument("--arch", nargs="*", type=int, default=ARCHITECTURES,
+                        choices=(*ARCHITECTURES, *OTHERS))  # fmt: skip
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", help="also write the reports to this file")
     arguments = parser.parse_args()

@@ -103,3 +103,16 @@ def test_without_cuda_it_says_so(
     monkeypatch.setattr(report, "native", lambda: SimpleNamespace(cuda_version=None))
     assert report.main() == 0
     assert "skipped, the core was built without CUDA" in capsys.readouterr().out
+
+
+def test_the_kernel_table(emulated_core: ModuleType) -> None:
+    """Fewer than 40 kernels, with names of their own; each fits the devices that it is for."""
+    table = {name: (threads, shared) for name, threads, shared in emulated_core.cuda_kernel_table()}
+    assert len(table) == len(emulated_core.cuda_kernel_table()) < 40
+    for name, (threads, shared) in table.items():
+        assert threads % 32 == 0 and shared <= (227 if name.startswith("hopper") else 99) * 1024, (
+            name
+        )
+    # Those of sm_90a have their shapes in files of their own.
+    assert table["hopper_attention_forward_kernel<64>"][0] == 512
+    assert table["hopper_attention_key_gradient_kernel<64>"][0] == 384

@@ -85,7 +85,7 @@ def test_projection_to_turned_is_projection_and_turning(
         layer = copy.deepcopy(linear).to(torch.float64 if double else dtype)
         inputs = x.double() if double else x
         if fused:
-            q, k, v = project_turned(inputs, layer, heads, table.phases(length, ahead))
+            q, k, v = project_turned(inputs, layer, heads, table.turning_tables(length, ahead))
         else:
             parts = layer(inputs).unflatten(-1, (3, heads, 4)).permute(2, 0, 3, 1, 4)
             (q_cos, q_sin), (k_cos, k_sin) = table.tables(length + ahead)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import hierkernels as hk
 from hierkernels.native import kernels_of, native, native_error
+from hierkernels.ops.rms_norm.call import NormCall
 from hierkernels.ops.rms_norm.spec import ALL_DTYPES, CORRECTNESS, Case
 from hierkernels.ops.rms_norm.testing import check_accuracy, compute, make_inputs
 from hierkernels.testing import case_ids, poisoned_memory, threads
@@ -79,8 +80,9 @@ def test_gradcheck(shift: int, added: bool) -> None:
 
 
 @needs_core
-def test_bits_do_not_depend_on_threads() -> None:
-    inputs = make_inputs(Case("many", 40, 9, 128, shift=1), F32)
+@pytest.mark.parametrize("bias", [False, True], ids=["rms", "layer"])
+def test_bits_do_not_depend_on_threads(bias: bool) -> None:
+    inputs = make_inputs(Case("many", 40, 9, 128, shift=1, bias=bias, added=bias), F32)
     found = []
     for n in (1, 2, 3, 5):
         with threads(n):
@@ -91,16 +93,27 @@ def test_bits_do_not_depend_on_threads() -> None:
 @needs_core
 @pytest.mark.parametrize("first, second", [("reference", "cpu"), ("cpu", "reference")])
 @pytest.mark.parametrize("shift", [0, 2])
-def test_backward_follows_another_backends_forward(first: str, second: str, shift: int) -> None:
-    inputs = make_inputs(Case("saved", 2, 6, 20, shift=shift, eps=0.5, zeros=True), F32)
+@pytest.mark.parametrize("bias", [False, True], ids=["rms", "layer"])
+def test_backward_follows_another_backends_forward(
+    first: str, second: str, shift: int, bias: bool
+) -> None:
+    case = Case("saved", 2, 6, 20, shift=shift, eps=0.5, zeros=True, added=bias, bias=bias)
+    inputs = make_inputs(case, F32)
     call, ops = inputs.call(), torch.ops.hierkernels
-    problem = (call.x, call.weight, call.eps, call.eps_is_added, call.shift, call.dtype)
-    out, inverse = ops.rms_norm_forward(*problem, first)
-    dx, dweight = ops.rms_norm_backward(*problem, inverse, inputs.dout, [True, True], second)
-    check_accuracy(inputs, {"out": out, "dx": dx, "dweight": dweight})
-    for wanted in ([True, False], [False, True]):
-        (one,) = ops.rms_norm_backward(*problem, inverse, inputs.dout, wanted, second)
-        assert torch.equal(one, dx if wanted[0] else dweight)
+    problem = (call.x, *params(call), call.eps, call.eps_is_added, call.shift, call.dtype)
+    out, *saved = ops.rms_norm_forward(*problem, first)
+    names = list(inputs.differentiable())
+    every = ops.rms_norm_backward(*problem, *saved, inputs.dout, [True] * len(names), second)
+    check_accuracy(inputs, {"out": out, **dict(zip(names, every, strict=True))})
+    for i, grad in enumerate(every):
+        wanted = [j == i for j in range(len(names))]
+        (one,) = ops.rms_norm_backward(*problem, *saved, inputs.dout, wanted, second)
+        assert torch.equal(one, grad)
+
+
+def params(call: NormCall) -> tuple:
+    """As the operator takes them."""
+    return call.weight, call.bias
 
 
 @needs_core
@@ -116,12 +129,13 @@ def test_nan_and_infinity_stay_in_their_rows() -> None:
 @needs_core
 def test_opcheck_and_compile() -> None:
     x, weight = torch.randn(2, 5, 6, requires_grad=True), torch.randn(6, requires_grad=True)
-    problem = (x, weight, 1e-8, False, 1, BF16)
+    problem = (x, weight, None, 1e-8, False, 1, BF16)
     torch.library.opcheck(torch.ops.hierkernels.rms_norm_forward, (*problem, "cpu"))
     inverse, dout = torch.rand(2, 5), torch.randn(2, 5, 6).bfloat16()
     detached = (x.detach(), weight.detach(), *problem[2:])
+    backward = torch.ops.hierkernels.rms_norm_backward
     torch.library.opcheck(
-        torch.ops.hierkernels.rms_norm_backward, (*detached, inverse, dout, [True, False], "cpu")
+        backward, (*detached, inverse, torch.empty(0), dout, [True, False], "cpu")
     )
     compiled = torch.compile(hk.rms_norm, fullgraph=True, backend="aot_eager")
     out, expected = compiled(x, weight, shift=1), hk.rms_norm(x, weight, shift=1)
@@ -147,9 +161,9 @@ X, W = torch.zeros(2, 3, 4), torch.zeros(4)
         ({"eps": "1"}, TypeError, "eps must be a number, got str"),
         ({"eps": 0.0}, ValueError, "eps must be above 0 and finite, got 0.0"),
         ({"eps": float("nan")}, ValueError, "eps must be above 0 and finite, got nan"),
-        ({"eps_is_added": 1}, TypeError, "eps_is_added must be a bool, got int"),
+        ({"eps_is_added": 1}, TypeError, "eps_is_added must be True or False, got 1"),
         ({"shift": 1.0}, TypeError, "shift must be an int, got float"),
-        ({"shift": -1}, ValueError, "shift must be 0 or more, got -1"),
+        ({"shift": -1}, ValueError, "shift must be at least 0 and at most "),
         ({"dtype": F64}, TypeError, "dtype must be one of torch.float32.*got torch.float64"),
         ({"x": X.bfloat16(), "dtype": F16}, TypeError, "dtype must be one of torch.bfloat16"),
         ({"backend": "mkl"}, ValueError, "backend must be one of"),

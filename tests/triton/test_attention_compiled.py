@@ -69,6 +69,14 @@ def test_compiles(arch: int, case, quick: Reports) -> None:
     _check(quick[arch, case.name, case.channels])
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_bias_is_loaded_in_vectors(arch: int, quick: Reports) -> None:
+    """An even number of keys is known to the compiler where a bias or mask has rows of them."""
+    reports = quick[arch, "bias", 64]
+    assert len(reports) == 3
+    assert [r["narrow"] for r in reports] == [0, 0, 0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "case"), _parameters(quick=False))
 def test_compiles_everything(arch: int, case, full: Reports) -> None:

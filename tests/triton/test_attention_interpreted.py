@@ -69,6 +69,7 @@ SHAPES = (
     (_case("d40-dv8", H=1, D=40, Dv=8, is_causal=True), BF16),
     (_case("d256", H=1, D=256, is_causal=True), BF16),
     (_case("logits-x100", is_causal=True, gain=100.0), F32),
+    (_case("logits-x300", H=1, N=130, D=64, is_causal=True, gain=300.0), F32),
     (_case("bnhd", H=2, is_causal=True, layout="bnhd"), BF16),
     (_case("packed-projection", 2, 2, 66, Hkv=1, is_causal=True, layout="packed"), F32),
     (_case("unaligned", D=18, is_causal=True, layout="unaligned"), F32),
@@ -81,6 +82,9 @@ SHAPES = (
 MODIFIERS = (
     # One for each way that the gradient of a bias is summed; heads packed and not.
     (_case("bias-bhqk", 2, 2, 40, is_causal=True, bias="bhqk"), F32),
+    (_case("bias-bhqk-even", 2, 2, 48, is_causal=True, bias="bhqk"), F32),
+    (_case("bias-qk-even-packed", 2, 2, 34, Hkv=1, Nk=48, bias="qk"), BF16),
+    (_case("mask-qk-even", 2, 1, 40, Nk=64, mask="qk"), F32),
     (_case("bias-bhqk-packed", 1, 2, 40, Hkv=1, Nk=50, bias="bhqk"), BF16),
     (_case("bias-hqk", 3, 2, 40, is_causal=True, bias="hqk"), F32),
     (_case("bias-hqk-window-bf16", 2, 2, 66, window=(20, 0), bias="hqk"), BF16),

@@ -16,6 +16,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 from fake_gpu import FakeGPU, fake_mode, forget, install
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hierkernels as hk
@@ -25,6 +27,9 @@ from hierkernels.ops.attention import triton as attention_backend
 from hierkernels.ops.causal_sgu import aot as sgu_cases
 from hierkernels.ops.causal_sgu import api as sgu
 from hierkernels.ops.causal_sgu import triton as sgu_backend
+from hierkernels.ops.gelu import api as gelu
+from hierkernels.ops.gelu import triton as gelu_backend
+from hierkernels.ops.native_sparse_attention import gated_sum as sum_of_branches
 from hierkernels.ops.native_sparse_attention import triton_gated_sum as gated_sum
 from hierkernels.ops.rms_norm import triton as norm_backend
 from hierkernels.ops.rms_norm.call import NormCall
@@ -81,11 +86,20 @@ def _sgu(N: int = 64, index: int = 0, window: int | None = None) -> None:
     sgu_backend.backward(call, z, out, (True,) * 5)
 
 
-def _norm(N: int = 64, index: int = 0) -> None:
+def _norm(N: int = 64, index: int = 0, layer: bool = False) -> None:
     x, weight = _empty(2, N, 512, index=index), _empty(512, index=index)
-    call = NormCall(x, weight, 1e-6, False, 1, BF16)
-    out, inverse = norm_backend.forward(call)
-    norm_backend.backward(call, inverse, out, (True, True))
+    call = NormCall(x, weight, weight if layer else None, 1e-6, False, 1, BF16)
+    out, *saved = norm_backend.forward(call)
+    norm_backend.backward(call, *saved, out, (True, True))
+
+
+def _layer_norm(N: int = 64, index: int = 0) -> None:
+    _norm(N, index, layer=True)
+
+
+def _gelu(N: int = 64, index: int = 0) -> None:
+    call = gelu.make_call(_empty(2, N, 512, index=index), "halves")
+    gelu_backend.backward(call, *gelu_backend.forward(call))
 
 
 def _rotary(N: int = 64, index: int = 0) -> None:
@@ -104,6 +118,8 @@ def _gated_sum(N: int = 64, index: int = 0) -> None:
 OPERATORS: dict[str, Callable[..., None]] = {
     "attention": _attention,
     "causal_sgu": _sgu,
+    "gelu": _gelu,
+    "layer_norm": _layer_norm,
     "rms_norm": _norm,
     "rotary": _rotary,
     "gated_sum": _gated_sum,
@@ -162,7 +178,8 @@ LENGTHS = [*range(129, 165), 512, 1000, 1024, 4095]
 
 
 @pytest.mark.parametrize(("op", "most"), [
-    ("attention", 1), ("causal_sgu", 2), ("rms_norm", 1), ("rotary", 1), ("gated_sum", 3),
+    ("attention", 1), ("causal_sgu", 2), ("gelu", 1), ("layer_norm", 1), ("rms_norm", 1),
+    ("rotary", 1), ("gated_sum", 3),
 ])  # fmt: skip
 def test_lengths_are_no_compile_time_numbers(op: str, most: int, gpu: FakeGPU) -> None:
     lengths = [n for n in LENGTHS if op != "causal_sgu" or n <= 512]
@@ -240,6 +257,49 @@ def test_dropout_takes_a_seed_without_a_transfer(gpu: FakeGPU) -> None:
         _attention(dropout_p=0.1, dropout_seed=7)
         _attention(dropout_p=0.1)
     assert not transfers.found
+
+
+def _compiled(q: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    N, D = q.shape[2:]
+    weight, table = q.new_empty(D), q.new_empty(N, D // 2, dtype=torch.float32)
+    mix, rows = q.new_empty(1, N, N), q.new_empty(1, N)
+    return {
+        "attention": lambda x: hk.attention(x, x, x, is_causal=True, backend="triton"),
+        "local_attention": lambda x: hk.local_attention(x, x, x, 16, backend="triton"),
+        "causal_sgu": lambda x: hk.causal_sgu(
+            x.flatten(0, 1), x.flatten(0, 1), mix, rows, backend="triton"
+        ),
+        "rms_norm": lambda x: hk.rms_norm(x.flatten(0, 1), weight, backend="triton"),
+        "rotary": lambda x: hk.rotary(x, table, table, backend="triton"),
+    }
+
+
+@pytest.mark.parametrize("op", sorted(_compiled(torch.empty(1, 1, 2, 2))))
+def test_compiles_to_one_graph(op: str, gpu: FakeGPU) -> None:
+    """torch.compile(fullgraph=True) of GPU tensors meets an operator, and launches nothing."""
+    graphs: list[list[str]] = []
+
+    def note(module: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append([str(node.target) for node in module.graph.nodes])
+        return module.forward
+
+    mode = FakeTensorMode()
+    with mode:
+        q = _empty(2, 4, 64, 64)
+        f = _compiled(q)[op]
+    with tracing(TracingContext(mode)):
+        out = torch.compile(f, fullgraph=True, backend=note)(q)
+    assert out.device.type == "cuda"
+    assert len(graphs) == 1 and not gpu.launched
+    assert sum("hierkernels" in target for target in graphs[0]) == 1
+
+
+def test_a_traced_gated_sum_is_of_operations_that_can_be_traced(gpu: FakeGPU) -> None:
+    with fake_mode():
+        parts = tuple(_empty(2, 4, 8, 64) for _ in range(3))
+        out = sum_of_branches.gated_sum(_empty(2, 4, 8, 3), parts, None)
+    assert out.shape == parts[0].shape
+    assert not gpu.launched
 
 
 # ---- which devices ----

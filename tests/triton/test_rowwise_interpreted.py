@@ -1,4 +1,4 @@
-"""hk.rms_norm and hk.rotary on the Triton backend, interpreted on the CPU, against the oracle."""
+"""Norms, hk.gelu and hk.rotary on the Triton backend, interpreted, against the oracle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from hierkernels.ops.gelu import spec as gelus
+from hierkernels.ops.gelu import testing as gelu_testing
 from hierkernels.ops.rms_norm import reference as norm_reference
 from hierkernels.ops.rms_norm import spec as norms
 from hierkernels.ops.rms_norm import testing as norm_testing
@@ -25,6 +27,7 @@ _TABLE = [
     pytest.param(testing, case, dtype, id=f"{op}-triton-{name}")
     for op, testing, cases in (
         ("rms_norm", norm_testing, norms.CORRECTNESS),
+        ("gelu", gelu_testing, gelus.CORRECTNESS),
         ("rotary", rotary_testing, rotations.CORRECTNESS),
     )
     for name, case, dtype in case_ids(cases, (F32, *HALVES))
@@ -33,7 +36,7 @@ _TABLE = [
 
 @pytest.mark.parametrize(("testing", "case", "dtype"), _TABLE)
 def test_accuracy(
-    testing: ModuleType, case: norms.Case | rotations.Case, dtype: torch.dtype
+    testing: ModuleType, case: norms.Case | gelus.Case | rotations.Case, dtype: torch.dtype
 ) -> None:
     inputs = testing.make_inputs(case, dtype)
     with poisoned_memory():
@@ -41,15 +44,19 @@ def test_accuracy(
     testing.check_accuracy(inputs, results)
 
 
-def test_backward_follows_any_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bias", [False, True], ids=["rms", "layer"])
+def test_backward_follows_any_forward(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
     monkeypatch.setattr(norm_backend, "_PARTS", 2)  # several tiles to a program, one cut
-    inputs = norm_testing.make_inputs(norms.Case("saved", 7, 30, 20, shift=2), F32)
+    inputs = norm_testing.make_inputs(
+        norms.Case("saved", 7, 30, 20, shift=2, bias=bias, added=bias), F32
+    )
     monkeypatch.setattr(norm_backend, "_ELEMENTS", 1024)
     call, standard = inputs.call(), norm_testing.make_standard(inputs)
     for first, second in ((norm_reference, norm_backend), (norm_backend, norm_reference)):
-        out, inverse = first.forward(call)
-        dx, dweight = second.backward(call, inverse, inputs.dout, (True, True))
-        standard.check({"out": out, "dx": dx, "dweight": dweight})
+        out, *saved = first.forward(call)
+        names = list(inputs.differentiable())
+        grads = second.backward(call, *saved, inputs.dout, [True] * len(names))
+        standard.check({"out": out, **dict(zip(names, grads, strict=True))})
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,5 +69,23 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [text for text in backend.supports(call) if "needs a GPU" in text]
     wide = norm_testing.make_inputs(norms.Case("wide", 1, 1, 8193), F32)
     assert [text for text in norm_backend.supports(wide.call()) if "at most 8192" in text]
-    far = replace(wide.call(), x=torch.zeros(1, 1, 4), shift=2**31)
-    assert [text for text in norm_backend.supports(far) if "beyond 32 bits" in text]
+    for far in ({"x": torch.zeros(1, 1, 4), "shift": 2**31}, {"x": _without_memory(2**31, 1, 4)}):
+        found = norm_backend.supports(replace(wide.call(), **far))
+        assert [text for text in found if "beyond 32 bits" in text]
+
+
+def _without_memory(*shape: int) -> torch.Tensor:
+    return torch.zeros(()).expand(shape)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Batches whose elements start beyond 2**31 are turned alike (memory is not touched)."""
+    x = torch.randn(2, 1, 3, 8)
+    cos, sin = torch.randn(2, 3, 4).unbind()
+    memory = torch.empty(2**32 + 128, dtype=F32)
+    far = memory.as_strided(x.shape, (2**31 + 64, 0, 2**30, 1))
+    far.copy_(x)
+    call = make_call(far, cos, sin)
+    out = torch.empty_like(x)
+    rotary_backend.plan(call, rotary_backend.target_of(far, True), out).run()
+    assert torch.equal(out, rotary_backend.forward(make_call(x, cos, sin)))

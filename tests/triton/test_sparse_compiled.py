@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from hierkernels.ops.gelu import aot as gelu
 from hierkernels.ops.native_sparse_attention import aot as native_sparse_attention
 from hierkernels.ops.rms_norm import aot as rms_norm
 from hierkernels.ops.rotary import aot as rotary
@@ -26,6 +27,7 @@ from hierkernels.triton_common.aot import ARCHITECTURES
 
 OPS = {
     "native_sparse_attention": native_sparse_attention,
+    "gelu": gelu,
     "rms_norm": rms_norm,
     "rotary": rotary,
     "select_blocks": select_blocks,
@@ -73,7 +75,7 @@ def _check(op: str, reports: list[dict]) -> None:
         assert kernels >= {"lists", "forward", "backward_dq", "backward_dkv"}
     elif op == "native_sparse_attention":
         assert kernels == {"sum_forward", "sum_backward"}
-    elif op == "rms_norm":
+    elif op in ("gelu", "rms_norm"):
         assert kernels == {"forward", "backward"}
     else:
         assert len(kernels) == 1

@@ -19,6 +19,7 @@ class BiasGradient {
   BiasGradient(const AttentionParams& p, int threads)
       : t_(p.dbias), slots_(BiasSlots::from(p)), once_(p.dbias && p.bias_of_pairs()), n_keys_(p.n_keys()), copies_(1) {
     if (!t_) return;
+    large_ = t_.span_bytes() >= static_cast<int64_t>(kLargeOutput) && reinterpret_cast<uintptr_t>(t_.data) % 64 == 0;
     size_ = 1;
     for (int d = 0; d < 4; ++d) size_ *= t_.size[d];
     const bool shared = (p.batch() > 1 && t_.stride[0] == 0) || (p.kv_heads() > 1 && t_.stride[1] == 0);
@@ -57,6 +58,8 @@ class BiasGradient {
       const __mmask16 first = static_cast<__mmask16>(there), second = static_cast<__mmask16>(there >> 16);
       _mm512_mask_storeu_ps(to, first, _mm512_add_ps(low, _mm512_maskz_loadu_ps(first, to)));
       _mm512_mask_storeu_ps(to + 16, second, _mm512_add_ps(high, _mm512_maskz_loadu_ps(second, to + 16)));
+      __builtin_prefetch(to + 32, 1);
+      __builtin_prefetch(to + 48, 1);
       return;
     }
     const int64_t at = b * t_.stride[0] + h * t_.stride[1] + i * t_.stride[2] + j0;
@@ -64,6 +67,8 @@ class BiasGradient {
     if (t_.dtype == DType::kFloat32) {
       _mm512_mask_storeu_ps(t_.as<float>() + at, static_cast<__mmask16>(valid), low);
       _mm512_mask_storeu_ps(t_.as<float>() + at + 16, static_cast<__mmask16>(valid >> 16), high);
+    } else if (t_.dtype == DType::kBFloat16 && valid == ~0u && large_ && at % 32 == 0) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(t_.as<uint16_t>() + at), to_bf16(low, high));
     } else if (t_.dtype == DType::kBFloat16) {
       _mm512_mask_storeu_epi16(t_.as<uint16_t>() + at, valid, to_bf16(low, high));
     } else {
@@ -100,6 +105,7 @@ class BiasGradient {
   Tensor t_;
   BiasSlots slots_;
   bool once_;
+  bool large_ = false;  // whole lines are written past the caches
   int64_t n_keys_;
   int copies_;
   int64_t size_ = 0;

@@ -212,6 +212,8 @@ struct Task {
       __m512 added;
       if constexpr (sizeof(T) == 4)
         added = _mm512_maskz_loadu_ps(valid, bias + j);
+      else if constexpr (kSame<T, Float16>)
+        added = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, bias + j));
       else
         added = from_bf16(_mm256_maskz_loadu_epi16(valid, bias + j));
       __builtin_prefetch(bias + j + kKeys);  // of the block to come
@@ -222,19 +224,30 @@ struct Task {
   // modify_row where the bias can be read as it lies; false if it cannot.
   bool modify_directly(int r, int64_t j0, int from, int to, float* s) const {
     const Tensor& t = f.modifiers.bias;
-    const bool wide = t.dtype == DType::kFloat32;
-    if (f.p.softcap != 0 || t.stride[3] != 1 || !(wide || t.dtype == DType::kBFloat16)) return false;
+    if (f.p.softcap != 0 || t.stride[3] != 1 || t.dtype == DType::kFloat64) return false;
     // Keys without a slot are out of sight: any finite number will do.
     const BiasSlots& slots = f.modifiers.slots;
     const int64_t i = query(r), column = slots.column(i, j0 + from);
     const int64_t at = b * t.stride[0] + head(r) * t.stride[1] + slots.row(i) * t.stride[2] + column;
     const int64_t begin = slots.begin(column), end = slots.end(column, f.Nk - j0 - from);
     const float scale = f.scale * kLog2ef;
-    if (wide)
+    if (t.dtype == DType::kFloat32)
       modify_direct(to - from, scale, t.as<float>() + at, begin, end, s + from);
+    else if (t.dtype == DType::kFloat16)
+      modify_direct(to - from, scale, t.as<Float16>() + at, begin, end, s + from);
     else
       modify_direct(to - from, scale, t.as<bf16>() + at, begin, end, s + from);
     return true;
+  }
+
+  // outer * tanh(x / (2 log2 e)) = outer - 2 outer / (2^x + 1). What counts of a score is its absolute error, so small ones
+  // need no formula of their own.
+  static HK_INLINE __m512 capped(__m512 x, __m512 outer) {
+    const __m512 two = _mm512_set1_ps(2.f);
+    const __m512 y = _mm512_add_ps(exp2(VecF(_mm512_min_ps(_mm512_set1_ps(100.f), x))), _mm512_set1_ps(1.f));
+    __m512 inverse = _mm512_rcp14_ps(y);
+    inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(y, inverse, two));
+    return _mm512_mul_ps(outer, _mm512_fnmadd_ps(two, inverse, _mm512_set1_ps(1.f)));
   }
 
   // Scores of row r for the keys [j0 + from, j0 + to): scaled, capped, in base 2, with what is added.
@@ -247,10 +260,11 @@ struct Task {
     }
     const bool adds = own || (f.modifiers.additive && f.shared_row);
     const float cap = static_cast<float>(f.p.softcap);
-    const __m512 inner = _mm512_set1_ps(cap != 0 ? f.scale / cap : f.scale * kLog2ef), outer = _mm512_set1_ps(cap * kLog2ef);
+    const float doubled = 2 * kLog2ef * f.scale / cap;  // of a score: the exponent of e^2x
+    const __m512 inner = _mm512_set1_ps(cap != 0 ? doubled : f.scale * kLog2ef), outer = _mm512_set1_ps(cap * kLog2ef);
     for (int j = from; j < to; j += 16) {
       __m512 x = _mm512_mul_ps(_mm512_load_ps(s + j), inner);
-      if (cap != 0) x = _mm512_mul_ps(outer, tanh<VecF>(x));
+      if (cap != 0) x = capped(x, outer);
       if (adds) x = _mm512_add_ps(x, _mm512_load_ps(m.add + j));  // at key j0
       _mm512_store_ps(s + j, x);
     }

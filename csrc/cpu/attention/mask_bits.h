@@ -7,18 +7,18 @@
 namespace hierkernels::HK_ISA {
 namespace {
 
-// Bit j: whether byte j of n, at most 32, is not 0.
+// Bit j: whether byte j is not 0, of the first 32 of n.
 HK_INLINE uint32_t bits_of_bytes(const uint8_t* at, int64_t stride, int64_t n) {
   if (stride == 1) {
     const __m256i x = _mm256_maskz_loadu_epi8(first_lanes32(n), at);
     return _mm256_test_epi8_mask(x, x);
   }
   uint32_t bits = 0;
-  for (int64_t j = 0; j < n; ++j) bits |= static_cast<uint32_t>(at[j * stride] != 0) << j;
+  for (int64_t j = 0; j < n && j < 32; ++j) bits |= static_cast<uint32_t>(at[j * stride] != 0) << j;
   return bits;
 }
 
-// The keys [j0, j0 + n), n at most 32, that padding leaves, and that the mask shows to query i of head h.
+// Of the first 32 of n keys from j0 on: those that padding leaves, and those that the mask shows to query i of head h.
 HK_INLINE uint32_t padding_bits(const ScoreModifiers& m, int64_t b, int64_t j0, int64_t n) {
   const Tensor& t = m.padding;
   if (!t) return ~0u;

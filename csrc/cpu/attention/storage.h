@@ -119,7 +119,11 @@ void transpose_rows(const Rows& rows, int64_t first, int n, int dim, F factor, F
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) block[i] = load_as<F>(x + i * rows.token_stride + c);
       } else {
-        for (int i = 0; i < W; ++i) block[i] = i < valid ? load_as<F>(x + i * rows.token_stride + c, width) : zero<F>();
+        // Part of a row of 16-bit numbers is loaded one by one: whole vectors where there are.
+        for (int i = 0; i < W; ++i) {
+          const T* at = x + i * rows.token_stride + c;
+          block[i] = i >= valid ? zero<F>() : width == W ? load_as<F>(at) : load_as<F>(at, width);
+        }
       }
       transpose<F>(block);
       if (width == W) {
@@ -131,6 +135,17 @@ void transpose_rows(const Rows& rows, int64_t first, int n, int dim, F factor, F
     }
   }
 }
+
+#if defined(__AVX512F__)
+// Two vectors as a line of 16-bit numbers, past the caches.
+HK_INLINE __m256i halves(BFloat16* p, VecF x) { return bit_cast<__m256i>(__builtin_convertvector(encode(p, x), U16)); }
+HK_INLINE __m256i halves(Float16*, VecF x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+template <class T>
+HK_INLINE void stream_line(T* p, VecF low, VecF high) {
+  const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(halves(p, low)), halves(p, high), 1);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
+}
+#endif
 
 // Row first + i = x[i * x_stride ...] * factors[i * factor_stride]. past_caches: if possible, without reading the
 // memory first and without displacing what the caches hold.
@@ -145,6 +160,11 @@ void store_rows(const Rows& rows, int64_t first, int n, int dim, const F* x, int
     int c = 0;
     if (kSame<F, T> && past_caches && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0)
       for (; c + W <= dim; c += W) stream(out + c, bit_cast<VecF>(load(x + c) * factor));
+#if defined(__AVX512F__)
+    if constexpr (kSame<F, float> && sizeof(T) == 2)
+      if (past_caches && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0)
+        for (; c + 2 * W <= dim; c += 2 * W) stream_line(out + c, load(x + c) * factor, load(x + c + W) * factor);
+#endif
     for (; c + W <= dim; c += W) store_as<F>(out + c, load(x + c) * factor);
     if (c < dim) store_as<F>(out + c, load(x + c) * factor, dim - c);
   }

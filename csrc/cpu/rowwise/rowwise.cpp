@@ -6,24 +6,28 @@ namespace hierkernels {
 namespace {
 
 struct Kernels {
-  void (*rms_norm_forward)(const RmsNormParams&);
-  void (*rms_norm_backward)(const RmsNormParams&);
+  void (*norm_forward)(const NormParams&);
+  void (*norm_backward)(const NormParams&);
+  void (*gelu_forward)(const GeluParams&);
+  void (*gelu_backward)(const GeluParams&);
   void (*rotary)(const RotaryParams&);
 };
 
 // There is nothing in these operations that levels above AVX-512 do better.
 Kernels kernels() {
 #if defined(HIERKERNELS_X86)
-  if (active_isa() >= Isa::kAvx512) return {avx512::rms_norm_forward, avx512::rms_norm_backward, avx512::rotary};
-  if (active_isa() == Isa::kAvx2) return {avx2::rms_norm_forward, avx2::rms_norm_backward, avx2::rotary};
+  if (active_isa() >= Isa::kAvx512) return {avx512::norm_forward, avx512::norm_backward, avx512::gelu_forward, avx512::gelu_backward, avx512::rotary};
+  if (active_isa() == Isa::kAvx2) return {avx2::norm_forward, avx2::norm_backward, avx2::gelu_forward, avx2::gelu_backward, avx2::rotary};
 #endif
-  return {generic::rms_norm_forward, generic::rms_norm_backward, generic::rotary};
+  return {generic::norm_forward, generic::norm_backward, generic::gelu_forward, generic::gelu_backward, generic::rotary};
 }
 
 }  // namespace
 
-void rms_norm_forward(const RmsNormParams& p) { kernels().rms_norm_forward(p); }
-void rms_norm_backward(const RmsNormParams& p) { kernels().rms_norm_backward(p); }
+void norm_forward(const NormParams& p) { kernels().norm_forward(p); }
+void norm_backward(const NormParams& p) { kernels().norm_backward(p); }
+void gelu_forward(const GeluParams& p) { kernels().gelu_forward(p); }
+void gelu_backward(const GeluParams& p) { kernels().gelu_backward(p); }
 void rotary(const RotaryParams& p) { kernels().rotary(p); }
 
 }  // namespace hierkernels

@@ -5,24 +5,32 @@
 namespace hierkernels {
 
 namespace generic {
-void rms_norm_forward(const RmsNormParams& p);
-void rms_norm_backward(const RmsNormParams& p);
+void norm_forward(const NormParams& p);
+void norm_backward(const NormParams& p);
+void gelu_forward(const GeluParams& p);
+void gelu_backward(const GeluParams& p);
 void rotary(const RotaryParams& p);
 }  // namespace generic
 namespace avx2 {
-void rms_norm_forward(const RmsNormParams& p);
-void rms_norm_backward(const RmsNormParams& p);
+void norm_forward(const NormParams& p);
+void norm_backward(const NormParams& p);
+void gelu_forward(const GeluParams& p);
+void gelu_backward(const GeluParams& p);
 void rotary(const RotaryParams& p);
 }  // namespace avx2
 namespace avx512 {
-void rms_norm_forward(const RmsNormParams& p);
-void rms_norm_backward(const RmsNormParams& p);
+void norm_forward(const NormParams& p);
+void norm_backward(const NormParams& p);
+void gelu_forward(const GeluParams& p);
+void gelu_backward(const GeluParams& p);
 void rotary(const RotaryParams& p);
 }  // namespace avx512
 
 // Choose the kernel for the instruction set in use (isa.h) and run it.
-void rms_norm_forward(const RmsNormParams& p);
-void rms_norm_backward(const RmsNormParams& p);
+void norm_forward(const NormParams& p);
+void norm_backward(const NormParams& p);
+void gelu_forward(const GeluParams& p);
+void gelu_backward(const GeluParams& p);
 void rotary(const RotaryParams& p);
 
 }  // namespace hierkernels

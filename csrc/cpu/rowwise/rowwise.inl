@@ -1,6 +1,7 @@
 // The entry points of one instruction set: the types are chosen here.
 #pragma once
-#include "rms_norm.inl"
+#include "gelu.inl"
+#include "norm.inl"
 #include "rotary.inl"
 #include "rowwise.h"
 
@@ -25,13 +26,29 @@ HK_INLINE void with_types(DType x, DType out, Body body) {
   return body.template operator()<float, float, float>();
 }
 
+template <class Body>
+HK_INLINE void with_norm(const NormParams& p, DType out, Body body) {
+  with_types(p.x.dtype, out, [&]<class F, class TX, class TO>() {
+    if (p.bias)
+      body(Norm<F, TX, TO, true>(p));
+    else
+      body(Norm<F, TX, TO, false>(p));
+  });
+}
+
 }  // namespace
 
-void rms_norm_forward(const RmsNormParams& p) {
-  with_types(p.x.dtype, p.out.dtype, [&]<class F, class TX, class TO>() { RmsNorm<F, TX, TO>(p).forward(); });
+void norm_forward(const NormParams& p) {
+  with_norm(p, p.out.dtype, [](const auto& norm) { norm.forward(); });
 }
-void rms_norm_backward(const RmsNormParams& p) {
-  with_types(p.x.dtype, p.dout.dtype, [&]<class F, class TX, class TO>() { RmsNorm<F, TX, TO>(p).backward(); });
+void norm_backward(const NormParams& p) {
+  with_norm(p, p.dout.dtype, [](const auto& norm) { norm.backward(); });
+}
+void gelu_forward(const GeluParams& p) {
+  with_types(p.x.dtype, p.x.dtype, [&]<class F, class T, class>() { Gelu<F, T>(p).forward(); });
+}
+void gelu_backward(const GeluParams& p) {
+  with_types(p.x.dtype, p.x.dtype, [&]<class F, class T, class>() { Gelu<F, T>(p).backward(); });
 }
 void rotary(const RotaryParams& p) {
   with_types(p.x.dtype, p.x.dtype, [&]<class F, class T, class>() { turn<F, T>(p); });

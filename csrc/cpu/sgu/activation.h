@@ -13,21 +13,6 @@ HK_INLINE V sigmoid(V x) {
   return F(1) / (F(1) + exp2(x * F(-kLog2E)));
 }
 
-// The standard normal distribution, given its density times sqrt(2 pi), exp(-x^2 / 2): Abramowitz and Stegun 7.1.26,
-// absolute error 8e-8.
-HK_INLINE VecF normal_cdf(VecF x, VecF density) {
-  constexpr float kTail[] = {0.0f, 0.127414796f, -0.142248368f, 0.7107068705f, -0.7265760135f, 0.5307027145f};
-  const VecF magnitude = x < 0.0f ? -x : x;
-  const VecF t = 1.0f / fma(magnitude, set1(0.3275911f * 0.70710678f), set1(1.0f));
-  const VecF tail = polynomial<float>(kTail, t) * density;
-  return x < 0.0f ? tail : 1.0f - tail;
-}
-HK_INLINE VecD normal_cdf(VecD x, VecD) {
-  VecD y;
-  for (int i = 0; i < kWidth<double>; ++i) y[i] = 0.5 * ::erfc(-0.70710678118654752440 * x[i]);
-  return y;
-}
-
 // value = act(x), slope = act'(x).
 template <Activation A, class V>
 HK_INLINE void activate(V x, V& value, V& slope) {
@@ -40,10 +25,7 @@ HK_INLINE void activate(V x, V& value, V& slope) {
     value = max(V{}, x);
     slope = x > F(0) ? one : V{};
   } else if constexpr (A == Activation::kGelu) {
-    const V density = exp2(x * x * F(-0.5 * kLog2E));
-    const V cdf = normal_cdf(x, density);
-    value = x * cdf;
-    slope = fma(x * F(0.39894228040143267794), density, cdf);
+    gelu(x, value, slope);
   } else if constexpr (A == Activation::kSilu) {
     const V s = sigmoid(x);
     value = x * s;

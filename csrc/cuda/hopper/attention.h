@@ -26,12 +26,12 @@ int plan_tiles(HopperArgs& p, int length, int size, int64_t bytes);
 inline int64_t key_bytes(const HopperArgs& p) { return int64_t{4} * p.n_keys * p.out.channels; }
 inline int64_t row_bytes(const HopperArgs& p) { return int64_t{4} * p.rows * p.packs * p.out.channels; }
 
-// What the report lists of a kernel with such shapes of 64 and 128 channels.
-template <template <int> class Shape>
+// What the report lists of a kernel with these shapes of 64 and 128 channels. (Types: a template of an unnamed namespace
+// as an argument would make one function of those of all files.)
+template <class Small, class Large>
 KernelInfo hopper_info(const char* kernel, int dim) {
-  const bool small = dim == 64;
   return {std::string("hopper_attention_") + kernel + "_kernel<" + std::to_string(dim) + ">",
-          small ? Shape<64>::kThreads : Shape<128>::kThreads, small ? Shape<64>::kShared : Shape<128>::kShared};
+          dim == 64 ? Small::kThreads : Large::kThreads, dim == 64 ? Small::kShared : Large::kShared};
 }
 KernelInfo hopper_forward_info(int dim);
 KernelInfo hopper_query_gradient_info(int dim);

@@ -229,7 +229,7 @@ bool run(const AttentionParams& params, void* stream) {
 }  // namespace
 
 KernelInfo hopper_forward_info(int dim) {
-  return hopper_info<Shape>("forward", dim);
+  return hopper_info<Shape<64>, Shape<128>>("forward", dim);
 }
 
 bool run_hopper_attention_forward(const AttentionParams& p, void* stream) {

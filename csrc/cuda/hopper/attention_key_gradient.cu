@@ -228,7 +228,7 @@ bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
 }  // namespace
 
 KernelInfo hopper_key_gradient_info(int dim) {
-  return hopper_info<Shape>("key_gradient", dim);
+  return hopper_info<Shape<64>, Shape<128>>("key_gradient", dim);
 }
 
 bool run_hopper_key_gradient(const AttentionParams& p, const Tensor& delta, void* stream) {

@@ -159,7 +159,7 @@ bool run(const AttentionParams& params, const Tensor& delta, void* stream) {
 }  // namespace
 
 KernelInfo hopper_query_gradient_info(int dim) {
-  return hopper_info<Shape>("query_gradient", dim);
+  return hopper_info<Shape<64>, Shape<128>>("query_gradient", dim);
 }
 
 bool run_hopper_query_gradient(const AttentionParams& p, const Tensor& delta, void* stream) {

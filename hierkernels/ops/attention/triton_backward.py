@@ -33,7 +33,12 @@ from hierkernels.ops.attention.triton_places import (
     row_places,
     same_item,
 )
-from hierkernels.ops.attention.triton_scores import modified, score_factor, scores_at
+from hierkernels.ops.attention.triton_scores import (
+    modified,
+    score_factor,
+    scores_at,
+    whole_vectors,
+)
 from hierkernels.triton_common.key_range import (
     first_reaching,
     phase_span,
@@ -126,6 +131,7 @@ def _attention_backward_dq_kernel(
     DBIAS: tl.constexpr,
     DLSE: tl.constexpr,
     LOOP: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq of one tile of rows, its row statistics, and its rows of dbias if DBIAS is "store".
@@ -133,6 +139,8 @@ def _attention_backward_dq_kernel(
     With SEVERAL these are all rows that see the keys of the slot: dk and dv are written as well,
     and no other kernel needs the statistics but that of a shared bias.
     """
+    if EVEN:
+        n_keys = whole_vectors(n_keys)
     lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
     hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
     m0, batch, head, number, slot = program_slot(
@@ -302,12 +310,15 @@ def _attention_backward_dkv_kernel(
     NATURAL: tl.constexpr,
     DBIAS: tl.constexpr,
     LOOP: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dk and dv of one tile of keys, summed over the heads of its group; scores are transposed.
 
     dbias (DBIAS "head": (B, Hq, Nk), "group": (B, Hkv, Nk), float32) sums ds over the queries.
     """
+    if EVEN:
+        n_keys = whole_vectors(n_keys)
     lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
     hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
     n_rows = n_queries * PACK
@@ -342,7 +353,8 @@ def _attention_backward_dkv_kernel(
         h = head.to(tl.int64)
         q_at = q_ptr + b * stride_q[0] + h * stride_q[1]
         do_at = dout_ptr + b * stride_dout[0] + h * stride_dout[1]
-        stats = (b * n_heads + h) // PACK * n_stats
+        # Whole tiles of rows, so that the statistics are loaded four at a time.
+        stats = tl.multiple_of((b * n_heads + h) // PACK * n_stats, 16)
         mods = scores_at(
             (score_scale, softcap, bias_ptr, stride_bias, mask_ptr, stride_mask, padding_ptr,
              stride_padding),

@@ -25,7 +25,12 @@ from hierkernels.ops.attention.triton_places import (
     row_bound,
     row_places,
 )
-from hierkernels.ops.attention.triton_scores import modified, score_factor, scores_at
+from hierkernels.ops.attention.triton_scores import (
+    modified,
+    score_factor,
+    scores_at,
+    whole_vectors,
+)
 from hierkernels.triton_common.key_range import key_spans
 from hierkernels.triton_common.philox import dropout_keep
 from hierkernels.triton_common.tiles import dot, load_tile, powers
@@ -91,9 +96,12 @@ def _attention_backward_dbias_kernel(
     DROPOUT: tl.constexpr,
     FUSED: tl.constexpr,
     NATURAL: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of dbias (slices, *shape of the bias), float32 and contiguous."""
+    if EVEN:
+        n_keys = whole_vectors(n_keys)
     lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
     hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
     n_rows = bias_rows

@@ -44,10 +44,10 @@ _HALF = {
     ("sm_86", "dbias", 128): Config(64, 32, 8, 1, "always"),
     ("sm_86", "dbias", 256): Config(16, 32, 8, 2, "always"),
     ("sm_90", "forward", 64): Config(128, 128, 8, 3, "branch"),
-    ("sm_90", "forward", 128): Config(128, 64, 8, 3, "branch"),
+    ("sm_90", "forward", 128): Config(128, 128, 8, 2, "branch"),
     ("sm_90", "forward", 256): Config(128, 64, 8, 2, "branch"),
-    ("sm_90", "dq", 64): Config(128, 64, 8, 3, "branch"),
-    ("sm_90", "dq", 128): Config(128, 64, 8, 2, "branch"),
+    ("sm_90", "dq", 64): Config(128, 128, 8, 2, "branch"),
+    ("sm_90", "dq", 128): Config(128, 128, 8, 2, "branch"),
     ("sm_90", "dq", 256): Config(128, 32, 8, 2, "branch"),
     ("sm_90", "dkv", 64): Config(64, 128, 8, 2, "branch"),
     ("sm_90", "dkv", 128): Config(32, 128, 8, 2, "branch"),
@@ -71,19 +71,33 @@ _HALF = {
 
 # What the base table cannot serve without spilling: (device, kernel, channels up to, demand).
 # Demands, in the order in which they are looked up: "slots" (a bias by slots, whose addresses take
-# registers), "pairs" (a full bias or mask, or dropout, holds one more tile of scores), "padded"
+# registers), "pairs" (a full bias or mask, or dropout, holds one more tile of scores), "modified"
+# (a soft cap, key padding, or a bias or mask by keys, holds some more registers), "padded"
 # (channels are not a power of two), "packed" (several heads in a tile), "stepped" (bounds whose
 # steps are longer than 1), "grouped" (several heads, one after the other).
 _SPECIAL = {
+    ("sm_80", "forward", 64, "slots"): Config(64, 32, 8, 2, "always"),
+    ("sm_86", "forward", 64, "slots"): Config(64, 32, 8, 2, "always"),
     ("sm_80", "forward", 128, "packed"): Config(128, 32, 8, 3, "always"),
     ("sm_80", "dq", 128, "pairs"): Config(64, 32, 8, 2, "split"),
     ("sm_80", "dkv", 64, "pairs"): Config(64, 32, 4, 2, "always"),
     ("sm_80", "dkv", 128, "padded"): Config(64, 64, 8, 1, "always"),
     ("sm_86", "dkv", 128, "padded"): Config(64, 64, 8, 1, "always"),
+    ("sm_90", "forward", 128, "pairs"): Config(128, 32, 8, 3, "split"),
+    ("sm_90", "dq", 64, "pairs"): Config(128, 32, 8, 3, "split"),
+    ("sm_90", "dq", 128, "pairs"): Config(128, 32, 8, 2, "split"),
+    ("sm_90", "forward", 128, "modified"): Config(128, 64, 8, 3, "branch"),
+    ("sm_90", "dq", 64, "modified"): Config(128, 64, 8, 3, "branch"),
+    ("sm_90", "dq", 128, "modified"): Config(128, 64, 8, 2, "branch"),
+    ("sm_90", "forward", 128, "padded"): Config(128, 64, 8, 3, "branch"),
+    ("sm_90", "dq", 128, "padded"): Config(128, 64, 8, 2, "branch"),
+    ("sm_90", "forward", 128, "packed"): Config(128, 64, 8, 3, "branch"),
+    ("sm_90", "dq", 128, "packed"): Config(128, 64, 8, 2, "branch"),
     ("sm_90", "forward", 256, "slots"): Config(64, 32, 8, 2, "split"),
     ("sm_90", "dq", 256, "slots"): Config(64, 32, 8, 2, "split"),
     ("sm_90", "dkv", 128, "slots"): Config(32, 64, 8, 2, "split"),
     ("sm_90", "dkv", 128, "stepped"): Config(32, 128, 8, 2, "always"),
+    ("sm_90", "dkv", 128, "grouped"): Config(32, 128, 8, 2, "always"),
     ("sm_100", "dkv", 128, "grouped"): Config(64, 128, 8, 1, "branch"),
 }
 KERNELS = {
@@ -92,17 +106,22 @@ KERNELS = {
     "dkv": "attention_backward_dkv",
     "dbias": "attention_backward_dbias",
 }
-DEMANDS = ("slots", "pairs", "padded", "packed", "stepped", "grouped")
+DEMANDS = ("slots", "pairs", "modified", "padded", "packed", "stepped", "grouped")
 
 
 @functools.lru_cache(maxsize=1024)
 def demands_of(
-    forms: frozenset[str], dropout: bool, channels: int, pack: int, group: int, step: int
-) -> frozenset[str]:
-    """Which of DEMANDS hold; forms: of the bias and the mask, step: the longest of the bounds."""
+    forms: frozenset[str], dropout: bool, modified: bool, channels: int, pack: int, group: int,
+    step: int,
+) -> frozenset[str]:  # fmt: skip
+    """Which of DEMANDS hold; forms: of the bias and the mask, step: the longest of the bounds.
+
+    modified: by a soft cap or key padding.
+    """
     holds = {
         "slots": "slots" in forms,
         "pairs": bool(forms & {"full", "slots"}) or dropout,
+        "modified": modified or "keys" in forms,
         "padded": channels != padded(channels),
         "packed": pack > 1,
         "stepped": step > 1,

@@ -14,7 +14,12 @@ from hierkernels.ops.attention.triton_places import (
     row_bound,
     row_places,
 )
-from hierkernels.ops.attention.triton_scores import modified, score_factor, scores_at
+from hierkernels.ops.attention.triton_scores import (
+    modified,
+    score_factor,
+    scores_at,
+    whole_vectors,
+)
 from hierkernels.triton_common.key_range import phase_span, phase_tile, within
 from hierkernels.triton_common.philox import dropout_keep
 from hierkernels.triton_common.tiles import (
@@ -83,9 +88,12 @@ def _attention_forward_kernel(
     NATURAL: tl.constexpr,
     LOOP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out and lse (natural logarithm) of one tile of rows; DESCRIPTORS: not with SEVERAL."""
+    if EVEN:
+        n_keys = whole_vectors(n_keys)
     lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
     hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
     m0, batch, head, _number, slot = program_slot(

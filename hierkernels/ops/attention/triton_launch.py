@@ -67,6 +67,7 @@ def _every_kernel(call: AttentionCall, target: Target, pack: int) -> dict[str, A
     assert key_range is not None  # supports() refuses those
     natural = call.q.dtype == torch.float32
     unit = 1.0 if natural else LOG2E.value
+    bias, mask = _bias_form(call, pack), _pair_form(call.mask, pack)
     return {
         "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v,
         "stride_q": rows_stride(call.q), "stride_k": rows_stride(call.k),
@@ -81,7 +82,7 @@ def _every_kernel(call: AttentionCall, target: Target, pack: int) -> dict[str, A
         "softcap": call.softcap * unit, "NATURAL": natural,
         "dropout_threshold": min(int(call.dropout_p * 2**32), 0xFFFFFFFF),
         "dropout_scale": 1 / (1 - call.dropout_p),
-        "BIAS": _bias_form(call, pack), "MASK": _pair_form(call.mask, pack),
+        "BIAS": bias, "MASK": mask, "EVEN": "full" in (bias, mask) and Nk % 16 == 0,
         "PADDING": call.padding is not None, "SOFTCAP": bool(call.softcap),
         "DROPOUT": call.seed is not None,
         # A positive scale alone commutes with the maximum and can wait for the exponent.
@@ -98,7 +99,10 @@ def _demands(call: AttentionCall, pack: int) -> frozenset[str]:
     forms = frozenset((_bias_form(call, pack), _pair_form(call.mask, pack)))
     lo, hi = call.key_range
     step = max(lo.step, hi.step)
-    return configs.demands_of(forms, call.seed is not None, _channels(call), pack, call.group, step)
+    modified = call.padding is not None or bool(call.softcap)
+    return configs.demands_of(
+        forms, call.seed is not None, modified, _channels(call), pack, call.group, step
+    )
 
 
 def _configuration(call: AttentionCall, target: Target, kernel: str, pack: int) -> Config:

@@ -23,6 +23,15 @@ from hierkernels.triton_common.tiles import LOG2E, tanh
 
 
 @triton.jit
+def whole_vectors(n_keys):
+    """n_keys, a multiple of 16: now the compiler knows, and loads 8 elements of a row at once.
+
+    As a specialisation it would double the kernels of calls without a bias or mask as well.
+    """
+    return n_keys // 16 * 16
+
+
+@triton.jit
 def scores_at(
     mods,
     b,

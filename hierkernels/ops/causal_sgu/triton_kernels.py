@@ -15,8 +15,8 @@ from hierkernels.triton_common.activation import activate, slope
 from hierkernels.triton_common.tiles import dot, rounded
 
 # Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
-# Not `size` and `dim`, which tell how many neighbours of a row are loaded or masked together.
-UNSPECIALIZED = ["batch", "n_tokens", "n_buckets", "heads", "width", "items_of_split"]
+# Not `size`, `width` and `dim`: how many neighbours of a row are loaded together depends on them.
+UNSPECIALIZED = ["batch", "n_tokens", "n_buckets", "heads", "items_of_split"]
 
 
 @triton.jit
@@ -101,7 +101,14 @@ def _causal_sgu_forward_kernel(
             )  # [BLOCK_M, BLOCK_K]
             x = _load_activations(gate_ptr, stride_gate, first - size, k, size, channels, dim)
             acc = dot(_as(w, x.dtype, PRECISION), x, acc, PRECISION)
-    for k0 in range(0, tl.minimum(m0 + BLOCK_M, n_rows), BLOCK_K):
+    # Before the diagonal all rows see a term: no mask along a row of weights, so 16 bytes at once.
+    diagonal = m0 // BLOCK_K * BLOCK_K
+    for k0 in range(0, diagonal, BLOCK_K):
+        k = k0 + terms
+        w = tl.load(weight_rows + own + k[None, :], mask=(rows < n_rows)[:, None], other=0.0)
+        x = _load_activations(gate_ptr, stride_gate, first, k, n_rows, channels, dim)
+        acc = dot(_as(w, x.dtype, PRECISION), x, acc, PRECISION)
+    for k0 in range(diagonal, tl.minimum(m0 + BLOCK_M, n_rows), BLOCK_K):
         k = k0 + terms
         seen = (k[None, :] <= rows[:, None]) & (rows < n_rows)[:, None]
         w = tl.load(weight_rows + own + k[None, :], mask=seen, other=0.0)
@@ -214,11 +221,18 @@ def _causal_sgu_backward_gate_kernel(
     weight_ptr += h * stride_weight[0]
     dmix_ptr += b * stride_dmix[0] + h * dim
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for k0 in range(m0, n_rows, BLOCK_K):
+    DIAGONAL: tl.constexpr = (BLOCK_M + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+    for k0 in range(m0, tl.minimum(m0 + DIAGONAL, n_rows), BLOCK_K):
         k = k0 + terms
         seen = (k[:, None] >= rows[None, :]) & (k < n_rows)[:, None]
         at = k.to(tl.int64)[:, None] * stride_weight[1] + own + rows[None, :]
         w = tl.load(weight_ptr + at, mask=seen, other=0.0)  # [BLOCK_K, BLOCK_M]
+        d = _load_activations(dmix_ptr, stride_dmix, first, k, n_rows, channels, dim)
+        acc = dot(tl.trans(_as(w, d.dtype, PRECISION)), d, acc, PRECISION)
+    for k0 in range(m0 + DIAGONAL, n_rows, BLOCK_K):  # these see all columns of the tile
+        k = k0 + terms
+        at = k.to(tl.int64)[:, None] * stride_weight[1] + own + rows[None, :]
+        w = tl.load(weight_ptr + at, mask=(k < n_rows)[:, None], other=0.0)
         d = _load_activations(dmix_ptr, stride_dmix, first, k, n_rows, channels, dim)
         acc = dot(tl.trans(_as(w, d.dtype, PRECISION)), d, acc, PRECISION)
     if LOOK_BACK:

@@ -44,13 +44,13 @@ def spill_limit(case: Case) -> float:
     return 0
 
 
-def plan(case: Case, target: Target) -> list[Launch]:
+def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     """The launches of a case: forward and backward, tensors with heads beside channels."""
     elements: torch.dtype = getattr(torch, case.dtype)
 
     def empty(channels: int) -> torch.Tensor:
         shape = (1, case.tokens, case.heads, channels)
-        return torch.empty(shape, dtype=elements, device="meta").transpose(1, 2)
+        return torch.empty(shape, dtype=elements, device=device).transpose(1, 2)
 
     gates, dgates = empty(3), empty(3)
     first, second, third, out = (empty(case.channels) for _ in range(4))

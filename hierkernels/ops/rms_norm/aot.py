@@ -1,4 +1,4 @@
-"""Compiles the rms_norm kernels for GPUs that are not there and reports what they use.
+"""Compiles the kernels of both norms for GPUs that are not there and reports what they use.
 
     python -m hierkernels.ops.rms_norm.aot [--full] [--arch 80 90 100] [--jobs 2] [--json FILE]
 
@@ -27,12 +27,15 @@ class Case:
     dtype: str = "float32"
     to: str = "bfloat16"
     shift: int = 1
+    bias: bool = False  # a layer norm
     quick: bool = False  # part of the set for continuous integration
 
 
 CASES = (
     Case("shifted", 512, quick=True),
     Case("plain", 768, "bfloat16", shift=0, quick=True),
+    Case("layer", 768, bias=True, quick=True),
+    Case("layer-wide", 8192, "bfloat16", shift=0, bias=True),
     Case("narrow", 96, "float16", "float32"),
     Case("wide", 8192, "bfloat16"),
 )
@@ -43,17 +46,17 @@ def spill_limit(case: Case) -> float:
     return 0
 
 
-def plan(case: Case, arch: int) -> list[Launch]:
+def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     """The launches of a case: forward, then backward."""
     to = getattr(torch, case.to)
-    x = torch.empty(8, 1024, case.channels, dtype=getattr(torch, case.dtype), device="meta")
-    weight = torch.empty(case.channels, dtype=x.dtype, device="meta")
-    call = make_call(x, weight, shift=case.shift, dtype=to)
-    out, inverse = call.new_outputs()
-    target = Target(f"sm_{arch}", "tf32")
+    x = torch.empty(8, 1024, case.channels, dtype=getattr(torch, case.dtype), device=device)
+    weight = torch.empty(case.channels, dtype=x.dtype, device=device)
+    bias = torch.empty_like(weight) if case.bias else None
+    call = make_call(x, weight, bias=bias, shift=case.shift, dtype=to)
+    out, inverse, mean = call.new_outputs()
     return [
-        plan_forward(call, target, out, inverse),
-        plan_backward(call, target, inverse, out, x)[0],
+        plan_forward(call, target, out, inverse, mean),
+        plan_backward(call, target, inverse, mean, out, x)[0],
     ]
 
 

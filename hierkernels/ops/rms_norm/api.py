@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
+from hierkernels.arguments import check_flag, check_int
 from hierkernels.ops.rms_norm import reference
 from hierkernels.ops.rms_norm import schema as schema  # registers the operators
 from hierkernels.ops.rms_norm.call import HALVES, NormCall
@@ -15,8 +16,8 @@ from hierkernels.ops.rms_norm.call import HALVES, NormCall
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _check_tensors(x: Any, weight: Any) -> None:
-    for name, t in (("x", x), ("weight", weight)):
+def _check_tensors(x: Any, **parameters: Any) -> None:
+    for name, t in (("x", x), *parameters.items()):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if x.dtype not in _FLOATS:
@@ -26,28 +27,28 @@ def _check_tensors(x: Any, weight: Any) -> None:
             "x must have 2 dimensions or more, (..., tokens, channels), and at least one channel, "
             f"got shape {tuple(x.shape)}"
         )
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"weight must have one element a channel, shape {tuple(x.shape[-1:])}, got "
-            f"{tuple(weight.shape)}"
-        )
     allowed = (x.dtype, torch.float32) if x.dtype in HALVES else (x.dtype,)
-    if weight.dtype not in allowed:
-        names = " or ".join(map(str, allowed))
-        raise TypeError(f"weight must be {names} where x is {x.dtype}, got {weight.dtype}")
-    if weight.device != x.device:
-        raise ValueError(f"weight must be on the device of x ({x.device}), got {weight.device}")
+    for name, t in parameters.items():
+        if t.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{name} must have one element a channel, shape {tuple(x.shape[-1:])}, got "
+                f"{tuple(t.shape)}"
+            )
+        if t.dtype not in allowed:
+            names = " or ".join(map(str, allowed))
+            raise TypeError(f"{name} must be {names} where x is {x.dtype}, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x ({x.device}), got {t.device}")
+    dtypes = {t.dtype for t in parameters.values()}
+    if len(dtypes) > 1:
+        raise TypeError(f"weight and bias must have the same dtype, got {dtypes}")
 
 
-def _check_options(eps: Any, shift: Any) -> None:
+def _check_eps(eps: Any) -> None:
     if isinstance(eps, bool) or not isinstance(eps, float | int):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not (eps > 0 and math.isfinite(eps)):
         raise ValueError(f"eps must be above 0 and finite, got {eps}")
-    if isinstance(shift, bool) or not isinstance(shift, int | torch.SymInt):
-        raise TypeError(f"shift must be an int, got {type(shift).__name__}")
-    if shift < 0:
-        raise ValueError(f"shift must be 0 or more, got {shift}")
 
 
 def _output_dtype(x: torch.Tensor, weight: torch.Tensor, dtype: Any) -> torch.dtype:
@@ -60,7 +61,7 @@ def _output_dtype(x: torch.Tensor, weight: torch.Tensor, dtype: Any) -> torch.dt
         allowed = (torch.float32, *HALVES)
     if dtype not in allowed:
         names = ", ".join(map(str, allowed))
-        raise TypeError(f"dtype must be one of {names} or None where x is {x.dtype}, got {dtype}")
+        raise TypeError(f"dtype must be one of {names} or None where x is {x.dtype}, got {dtype!r}")
     return dtype
 
 
@@ -68,28 +69,30 @@ def make_call(
     x: torch.Tensor,
     weight: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
     eps: float = 1e-8,
     eps_is_added: bool = False,
     shift: int = 0,
     dtype: torch.dtype | None = None,
 ) -> NormCall:
-    """Checks the arguments of hk.rms_norm and returns them in canonical form."""
-    _check_tensors(x, weight)
-    _check_options(eps, shift)
-    if not isinstance(eps_is_added, bool):
-        raise TypeError(f"eps_is_added must be a bool, got {type(eps_is_added).__name__}")
+    """Checks the arguments of a norm and returns them in canonical form."""
+    _check_tensors(x, weight=weight, **({} if bias is None else {"bias": bias}))
+    _check_eps(eps)
+    check_flag("eps_is_added", eps_is_added)
+    check_int("shift", shift, 0, 2**62)
     to = _output_dtype(x, weight, dtype)
     N, C = x.shape[-2:]
     rows = x.reshape(math.prod(x.shape[:-2]), N, C).contiguous()
-    return NormCall(rows, weight.contiguous(), float(eps), eps_is_added, shift, to)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    return NormCall(rows, weight, bias, float(eps), eps_is_added, shift, to)
 
 
 def run(call: NormCall, backend: str | None) -> torch.Tensor:
     """out (B, N, C) of a call, on the backend that is asked for."""
-    name = dispatch.requested_backend(backend, without=("cuda",))
+    name = dispatch.requested_backend(backend, dispatch.NO_KERNELS["rms_norm"])
     if name == "reference":  # plain PyTorch operations: differentiable any number of times
-        return reference.rms_norm(call)
-    return schema.rms_norm_forward(call, name)
+        return reference.norm(call)
+    return schema.norm(call, name)
 
 
 def rms_norm(

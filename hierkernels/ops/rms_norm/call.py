@@ -1,4 +1,4 @@
-"""One rms_norm call in canonical form: what every backend receives."""
+"""One rms_norm or layer_norm call in canonical form: what every backend receives."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class NormCall:
 
     x: torch.Tensor  # (B, N, C), contiguous
     weight: torch.Tensor  # (C), contiguous, of x's dtype or float32 beside 16-bit x
+    bias: torch.Tensor | None  # as weight: a layer norm, which takes the mean away first
     eps: float
     eps_is_added: bool  # to the mean square, instead of being the least root mean square
     shift: int  # tokens that the second half of the channels is delayed by; 0 = none
@@ -23,6 +24,11 @@ class NormCall:
     @property
     def device_type(self) -> str:
         return self.x.device.type
+
+    @property
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """weight, and bias if there is one."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
     def kept(self) -> int:
@@ -49,7 +55,15 @@ class NormCall:
     def accumulator(self) -> torch.dtype:
         return torch.float64 if self.x.dtype == torch.float64 else torch.float32
 
-    def new_outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Uninitialised (out, inverse); inverse is 1 over what rows are divided by."""
+    def new_outputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Uninitialised (out, inverse, mean).
+
+        inverse is 1 over what rows are divided by, mean is empty without a bias.
+        """
         out = self.x.new_empty(self.x.shape, dtype=self.dtype)
-        return out, self.x.new_empty(self.x.shape[:2], dtype=self.accumulator)
+        inverse = self.x.new_empty(self.x.shape[:2], dtype=self.accumulator)
+        return (
+            out,
+            inverse,
+            inverse.new_empty(0) if self.bias is None else torch.empty_like(inverse),
+        )

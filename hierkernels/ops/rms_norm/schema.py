@@ -1,4 +1,7 @@
-"""Registers torch.ops.hierkernels.rms_norm_forward and _backward, their fakes and autograd."""
+"""Registers torch.ops.hierkernels.rms_norm_forward and _backward, their fakes and autograd.
+
+Layer norms are calls of the same operator, with a bias.
+"""
 
 from __future__ import annotations
 
@@ -12,57 +15,67 @@ from hierkernels.eager import is_unwatched
 from hierkernels.library import LIBRARY, register
 from hierkernels.ops.rms_norm.call import NormCall
 
-_CALL = "Tensor x, Tensor weight, float eps, bool eps_is_added, SymInt shift, ScalarType dtype"
-LIBRARY.define(f"rms_norm_forward({_CALL}, str backend) -> (Tensor out, Tensor inverse)")
-# wanted: the gradients of x and of weight; those that are, are returned.
-LIBRARY.define(
-    f"rms_norm_backward({_CALL}, Tensor inverse, Tensor dout, bool[] wanted, str backend) "
-    "-> Tensor[]"
+_CALL = (
+    "Tensor x, Tensor weight, Tensor? bias, float eps, bool eps_is_added, SymInt shift, "
+    "ScalarType dtype"
 )
+LIBRARY.define(
+    f"rms_norm_forward({_CALL}, str backend) -> (Tensor out, Tensor inverse, Tensor mean)"
+)
+# wanted: the gradients of x, weight and bias, if there is one; those that are, are returned.
+LIBRARY.define(
+    f"rms_norm_backward({_CALL}, Tensor inverse, Tensor mean, Tensor dout, bool[] wanted, "
+    "str backend) -> Tensor[]"
+)
+_ARGUMENTS = 7  # of a call
 
 
 def _backend(call: NormCall, asked: str) -> ModuleType:
     return dispatch.load_backend("rms_norm", dispatch.resolve("rms_norm", call, asked).backend)
 
 
-def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    call = NormCall(*args[:6])
-    return _backend(call, args[6]).forward(call)
+def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    call = NormCall(*args[:_ARGUMENTS])
+    return _backend(call, args[_ARGUMENTS]).forward(call)
 
 
-def _fake_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return NormCall(*args[:6]).new_outputs()
+def _fake_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return NormCall(*args[:_ARGUMENTS]).new_outputs()
 
 
 def _backward(*args: Any) -> list[torch.Tensor]:
-    call = NormCall(*args[:6])
-    inverse, dout, wanted, backend = args[6:]
-    grads = _backend(call, backend).backward(call, inverse, dout, wanted)
+    call = NormCall(*args[:_ARGUMENTS])
+    inverse, mean, dout, wanted, backend = args[_ARGUMENTS:]
+    grads = _backend(call, backend).backward(call, inverse, mean, dout, wanted)
     return [g for g, want in zip(grads, wanted, strict=True) if want and g is not None]
 
 
 def _fake_backward(*args: Any) -> list[torch.Tensor]:
-    return [torch.empty_like(t) for t, want in zip(args[:2], args[8], strict=True) if want]
+    wanted = args[_ARGUMENTS + 3]
+    return [torch.empty_like(t) for t, want in zip(args[:3], wanted, strict=False) if want]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, ctx.eps, ctx.eps_is_added, ctx.shift, ctx.dtype, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
+    x, weight, bias, ctx.eps, ctx.eps_is_added, ctx.shift, ctx.dtype, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: torch.Tensor | None, _: Any) -> tuple:
+def _differentiate(ctx: Any, dout: torch.Tensor | None, *_: Any) -> tuple:
     if dout is None:
-        return (None,) * 7
-    x, weight, inverse = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:2])
+        return (None,) * (_ARGUMENTS + 1)
+    *tensors, inverse, mean = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    if tensors[2] is None:
+        wanted.pop()
     # With create_graph the gradients need a graph, which the operator makes.
-    direct = not torch.is_grad_enabled() and is_unwatched((x, weight, inverse, dout))
+    direct = not torch.is_grad_enabled() and is_unwatched((*tensors, inverse, dout))
     backward = _backward if direct else _OPERATOR.backward
-    call = (x, weight, ctx.eps, ctx.eps_is_added, ctx.shift, ctx.dtype)
-    rest = iter(backward(*call, inverse, dout, wanted, ctx.backend))
-    return *(next(rest) if want else None for want in wanted), *(None,) * 5
+    call = (*tensors, ctx.eps, ctx.eps_is_added, ctx.shift, ctx.dtype)
+    rest = iter(backward(*call, inverse, mean, dout, wanted, ctx.backend))
+    grads = [next(rest) if want else None for want in wanted]
+    return *grads, *(None,) * (_ARGUMENTS + 1 - len(grads))
 
 
 _OPERATOR = register(
@@ -74,9 +87,9 @@ _OPERATOR = register(
 )
 
 
-def rms_norm_forward(call: NormCall, backend: str) -> torch.Tensor:
+def norm(call: NormCall, backend: str) -> torch.Tensor:
     """out: the operator, or its implementation where nobody sees the difference."""
-    tensors = (call.x, call.weight)
+    tensors = (call.x, call.weight, call.bias)
     run = _OPERATOR.forward
     if is_unwatched(tensors):
         run = _OPERATOR.eager if torch.is_grad_enabled() else _forward

@@ -1,10 +1,10 @@
-"""The table of rms_norm's named cases, read by tests and benchmarks: B sequences of N tokens, C
-channels."""
+"""The table of named cases of rms_norm and layer_norm: B sequences of N tokens, C channels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 class Case:
     """One problem.
 
+    bias: a layer norm.  far: the mean is ten times the deviation.
     mixed: float32 weight beside 16-bit x.  to: dtype of the result, None as promoted.
     zeros: some tokens are 0, some below eps.  strided: x is not contiguous.
     """
@@ -27,10 +28,12 @@ class Case:
     shift: int = 0
     eps: float = 1e-8
     added: bool = False  # eps_is_added
+    bias: bool = False
     mixed: bool = False
     to: torch.dtype | None = None
     zeros: bool = False
     strided: bool = False
+    far: bool = False
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
 
 
@@ -56,6 +59,19 @@ def _correctness_cases() -> Iterator[Case]:
         name = f"to-{str(to).removeprefix('torch.')}"
         yield Case(name, 2, 7, 40, shift=1, to=to, dtypes=(torch.float32,))
     yield Case("strided", 3, 5, 18, shift=1, strided=True)
+    for c in (1, 2, 7, 16, 33, 130):
+        yield Case(f"layer-c{c}", 2, 5, c, eps=1e-5, added=True, bias=True)
+    layer: dict[str, Any] = {"eps": 1e-3, "added": True, "bias": True}
+    yield Case("layer-shift", 3, 9, 33, shift=2, **layer)
+    yield Case("layer-zeros", 2, 6, 20, zeros=True, **layer)
+    yield Case("layer-far", 2, 6, 40, far=True, **layer)
+    yield Case("layer-no-tokens", 2, 0, 8, **layer)
+    yield Case("layer-many", 40, 9, 128, dtypes=(torch.float32, torch.bfloat16), **layer)
+    yield Case("layer-mixed", 2, 7, 40, mixed=True, dtypes=_HALVES, **layer)
+    for to in _HALVES:
+        name = f"layer-to-{str(to).removeprefix('torch.')}"
+        yield Case(name, 2, 7, 40, shift=1, to=to, dtypes=(torch.float32,), **layer)
+    yield Case("layer-strided", 3, 5, 18, strided=True, **layer)
 
 
 CORRECTNESS: tuple[Case, ...] = tuple(_correctness_cases())

@@ -22,6 +22,7 @@ class Inputs:
     case: Case
     x: torch.Tensor  # (B, N, C)
     weight: torch.Tensor  # (C)
+    bias: torch.Tensor | None  # (C)
     dout: torch.Tensor  # (B, N, C), the gradient that backward starts from
     to_dtype: torch.dtype  # of the result
 
@@ -33,6 +34,7 @@ class Inputs:
     def call(self) -> NormCall:
         """The case as every backend receives it."""
         options = {
+            "bias": self.bias,
             "eps": self.case.eps,
             "eps_is_added": self.case.added,
             "shift": self.case.shift,
@@ -42,10 +44,13 @@ class Inputs:
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values, all in another dtype."""
-        return replace(
-            self, x=self.x.to(dtype), weight=self.weight.to(dtype), dout=self.dout.to(dtype),
-            to_dtype=dtype,
-        )  # fmt: skip
+        tensors: dict = {k[1:]: t.to(dtype) for k, t in self.differentiable().items()}
+        return replace(self, dout=self.dout.to(dtype), to_dtype=dtype, **tensors)
+
+    def differentiable(self) -> dict[str, torch.Tensor]:
+        """The inputs that have a gradient, by the name of it."""
+        tensors = {"dx": self.x, "dweight": self.weight}
+        return tensors if self.bias is None else tensors | {"dbias": self.bias}
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
@@ -60,22 +65,27 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str = "cp
     if case.zeros:
         x[:, ::3] = 0
         x[:, 1::3] *= 0.1
+    if case.far:
+        x += 10
     x = x.to(dtype).to(device)
     if case.strided:
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    weight = normal(case.C).to(torch.float32 if case.mixed else dtype).to(device)
+    of_parameters = torch.float32 if case.mixed else dtype
+    weight = normal(case.C).to(of_parameters).to(device)
+    bias = normal(case.C).to(of_parameters).to(device) if case.bias else None
     to = case.to or torch.promote_types(dtype, weight.dtype)
-    return Inputs(case, x, weight, normal(*x.shape).to(to).to(device), to)
+    return Inputs(case, x, weight, bias, normal(*x.shape).to(to).to(device), to)
 
 
 def compute(inputs: Inputs, backend: str | None, gradients: bool = True) -> Results:
     """out of a backend, and the gradients of sum(out dout), detached."""
-    leaves = [t.detach().requires_grad_(gradients) for t in (inputs.x, inputs.weight)]
-    out = run(replace(inputs, x=leaves[0], weight=leaves[1]).call(), backend)
+    leaves = {k: t.detach().requires_grad_(gradients) for k, t in inputs.differentiable().items()}
+    values: dict = {k[1:]: t for k, t in leaves.items()}
+    out = run(replace(inputs, **values).call(), backend)
     if not gradients:
         return {"out": out}
-    dx, dweight = torch.autograd.grad(out, leaves, inputs.dout.to(out.dtype))
-    return {"out": out.detach(), "dx": dx, "dweight": dweight}
+    grads = torch.autograd.grad(out, list(leaves.values()), inputs.dout.to(out.dtype))
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
 def oracle(inputs: Inputs, gradients: bool = True) -> Results:
@@ -88,15 +98,26 @@ def _term_sizes(inputs: Inputs, expected: Results, power: int) -> Results:
     """Of each result the size of the terms it is summed from: (sum |term|^power)^(1 / power)."""
     precise = inputs.to(torch.float64)
     call, dout = precise.call(), precise.dout.abs()
-    s = reference.shifted(call).abs()
-    length = torch.linalg.vector_norm(s, dim=-1, keepdim=True).clamp(min=call.floor)
+    s = reference.shifted(call)
+    if call.bias is None:
+        mean, size = s.new_zeros(()), s.abs()
+    else:  # what is left of s is a difference
+        mean = s.mean(-1, keepdim=True)
+        size = s.abs() + mean.abs()
+    length = torch.linalg.vector_norm(s - mean, dim=-1, keepdim=True).clamp(min=call.floor)
     length = (length.square() + call.addend).sqrt()
-    unit, weight = s / length, call.weight.abs() * call.scale
+    unit, weight = size / length, call.weight.abs() * call.scale
     terms = (dout * unit * call.scale) ** power
     sizes = {"out": unit * weight, "dweight": terms.sum((0, 1)) ** (1 / power)}
+    if call.bias is not None:
+        sizes["out"] = sizes["out"] + call.bias.abs()
+        sizes["dbias"] = (dout**power).sum((0, 1)) ** (1 / power)
     # What is taken away is a projection: a sum over the row, times the unit row.
     along = ((dout * weight * unit) ** power).sum(-1, keepdim=True) ** (1 / power)
-    moved = replace(precise, x=(dout * weight + unit * along) / length)
+    grad = dout * weight + unit * along
+    if call.bias is not None:
+        grad = grad + (grad**power).mean(-1, keepdim=True) ** (1 / power)
+    moved = replace(precise, x=grad / length)
     if call.shift:
         moved_back = torch.zeros_like(moved.x)
         N, kept = call.x.shape[1], call.kept

@@ -43,13 +43,13 @@ def spill_limit(case: Case) -> float:
     return 0
 
 
-def plan(case: Case, arch: int) -> list[Launch]:
+def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     """The one launch of a case, heads beside channels."""
     shape = (4, 4096, case.heads, case.channels)
-    x = torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta").transpose(1, 2)
-    table = torch.empty(4096, case.channels // 2, device="meta")
+    x = torch.empty(shape, dtype=getattr(torch, case.dtype), device=device).transpose(1, 2)
+    table = torch.empty(4096, case.channels // 2, device=device)
     call = make_call(x, table, table)
-    return [plan_launch(call, Target(f"sm_{arch}", "tf32"), call.new_output())]
+    return [plan_launch(call, target, call.new_output())]
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def plan_lists(call: SelectedCall) -> tuple[Launch, torch.Tensor, torch.Tensor]:
         "n_queries": Nq, "n_columns": n, "n_blocks": call.blocks,
         "first_position": call.first_position, "BLOCK_SIZE": _block_size(call),
         "OWN": int(call.include_own_block), "CAUSAL": call.is_causal, "BLOCK_M": block_m,
-        "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1,
+        "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True,
     })  # fmt: skip
     return launch, lists, counts
 

@@ -1,4 +1,4 @@
-// Root-mean-square norm of rows, some channels of which come from an earlier row of the sequence.
+// Root-mean-square norm and layer norm of rows, some channels of which come from an earlier row of the sequence.
 #pragma once
 #include "../../common/rowwise_params.h"
 #include "../simd.h"
@@ -7,18 +7,18 @@ namespace hierkernels {
 namespace HK_ISA {
 namespace {
 
-// F: what is computed in; TX, TO: stored types of x and out.
-template <class F, class TX, class TO>
-struct RmsNorm {
+// F: what is computed in; TX, TO: stored types of x and out; kCentred: the mean is taken away, a bias added.
+template <class F, class TX, class TO, bool kCentred>
+struct Norm {
   using V = Vec<F>;
   static constexpr int kW = kWidth<F>;
   // Below so many elements the threads take longer to start than to compute.
   static constexpr int64_t kParallel = 16384;
 
-  const RmsNormParams& p;
+  const NormParams& p;
   const int64_t N, C, rows;
 
-  explicit RmsNorm(const RmsNormParams& params)
+  explicit Norm(const NormParams& params)
       : p(params), N(p.x.size[1]), C(p.x.size[2]), rows(p.x.size[0] * N) {}
 
   // The two pieces of a row: [begin, end) of its channels, and by how many elements earlier they lie; -1: zeros.
@@ -56,14 +56,27 @@ struct RmsNorm {
   HK_INLINE V source(int64_t row, int64_t c, int n, const Piece& q) const {
     return q.back < 0 ? V{} : take(p.x.as<TX>() + row * C + c - q.back, n);
   }
+  // The same less its mean; 0 in lanes from n on.
+  HK_INLINE V centred(int64_t row, int64_t c, int n, const Piece& q, F mean) const {
+    const V s = source(row, c, n, q);
+    if constexpr (!kCentred) return s;
+    const V d = s - mean;
+    return n == kW ? d : select(lanes_below<F>(n), d, V{});
+  }
 
   void forward() const {
     const F floor = static_cast<F>(p.floor), scale = static_cast<F>(p.scale);
 #pragma omp parallel for schedule(static) if (rows * C > kParallel)
     for (int64_t row = 0; row < rows; ++row) {
+      F mean = 0;
+      if constexpr (kCentred) {
+        V sum{};
+        for_channels(row, [&](int64_t c, int n, const Piece& q) { sum += source(row, c, n, q); });
+        p.mean.as<F>()[row] = mean = reduce_add(sum) / static_cast<F>(C);
+      }
       V squares{};
       for_channels(row, [&](int64_t c, int n, const Piece& q) {
-        const V s = source(row, c, n, q);
+        const V s = centred(row, c, n, q, mean);
         squares = fma(s, s, squares);
       });
       const F length = square_root(reduce_add(squares) + static_cast<F>(p.addend));
@@ -73,7 +86,12 @@ struct RmsNorm {
       const F factor = inverse * scale;
       TO* out = p.out.as<TO>() + row * C;
       for_channels(row, [&](int64_t c, int n, const Piece& q) {
-        put(out + c, source(row, c, n, q) * factor * take(p.weight.as<F>() + c, n), n);
+        const V scaled = centred(row, c, n, q, mean) * factor;
+        const V weight = take(p.weight.as<F>() + c, n);
+        if constexpr (kCentred)
+          put(out + c, fma(scaled, weight, take(p.bias.as<F>() + c, n)), n);
+        else
+          put(out + c, scaled * weight, n);
       });
     }
   }
@@ -85,35 +103,44 @@ struct RmsNorm {
 #pragma omp parallel for schedule(static) if (rows * C > kParallel)
       for (int64_t part = 0; part < parts; ++part) {
         F* sums = p.dweight.as<F>() + part * C;
+        F* bias_sums = kCentred ? p.dbias.as<F>() + part * C : nullptr;
         for (int64_t c = 0; c < C; ++c) sums[c] = F(0);
+        for (int64_t c = 0; kCentred && c < C; ++c) bias_sums[c] = F(0);
         const int64_t end = (part + 1) * most < rows ? (part + 1) * most : rows;
-        for (int64_t row = part * most; row < end; ++row) backward_row(row, sums);
+        for (int64_t row = part * most; row < end; ++row) backward_row(row, sums, bias_sums);
       }
     } else {
 #pragma omp parallel for schedule(static) if (rows * C > kParallel)
-      for (int64_t row = 0; row < rows; ++row) backward_row(row, nullptr);
+      for (int64_t row = 0; row < rows; ++row) backward_row(row, nullptr, nullptr);
     }
   }
 
-  HK_INLINE void backward_row(int64_t row, F* sums) const {
+  HK_INLINE void backward_row(int64_t row, F* sums, F* bias_sums) const {
     const F scale = static_cast<F>(p.scale), inverse = p.inverse.as<F>()[row];
+    const F mean = kCentred ? p.mean.as<F>()[row] : F(0);
     const TO* dout = p.dout.as<TO>() + row * C;
     const F* weight = p.weight.as<F>();
-    V dots{};
+    V dots{}, total{};
     for_channels(row, [&](int64_t c, int n, const Piece& q) {
-      const V s = source(row, c, n, q), g = take(dout + c, n);
-      dots = fma(g * take(weight + c, n), s, dots);
-      if (sums) put(sums + c, fma(g * (inverse * scale), s, take(sums + c, n)), n);
+      const V s = centred(row, c, n, q, mean), g = take(dout + c, n), grad = g * take(weight + c, n);
+      dots = fma(grad, s, dots);
+      if constexpr (kCentred) total += grad;
+      if (!sums) return;
+      put(sums + c, fma(g * (inverse * scale), s, take(sums + c, n)), n);
+      if constexpr (kCentred) put(bias_sums + c, take(bias_sums + c, n) + g, n);
     });
     if (!p.dx) return;
     // Below the floor the length has no effect.
     const bool floored = inverse * static_cast<F>(p.floor) >= F(1);
     const F factor = inverse * scale;
     const F along = floored ? F(0) : factor * (inverse * inverse) * reduce_add(dots);
+    // What is taken away with the mean; the row less its mean has none itself.
+    const F constant = kCentred ? factor * reduce_add(total) / static_cast<F>(C) : F(0);
     TX* dx = p.dx.as<TX>() + row * C;
     for_channels(row, [&](int64_t c, int n, const Piece& q) {
       if (q.back < 0) return;
-      const V grad = take(dout + c, n) * take(weight + c, n) * factor - source(row, c, n, q) * along;
+      V grad = take(dout + c, n) * take(weight + c, n) * factor - centred(row, c, n, q, mean) * along;
+      if constexpr (kCentred) grad -= constant;
       put(dx + c - q.back, grad, n);
     });
     if (p.kept < C && row % N >= N - p.shift)  // read by no later token

@@ -1,0 +1,142 @@
+"""hk.gelu: the definition, the compiled kernels against the oracle, bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hierkernels as hk
+from hierkernels.native import kernels_of, native, native_error
+from hierkernels.ops.gelu.call import FORMS
+from hierkernels.ops.gelu.spec import ALL_DTYPES, CORRECTNESS, Case
+from hierkernels.ops.gelu.testing import check_accuracy, compute, make_inputs
+from hierkernels.testing import case_ids, poisoned_memory, threads
+
+CORE = native()
+ISAS: list[str] = CORE.cpu_isas() if CORE else []
+needs_core = pytest.mark.skipif(CORE is None, reason=f"no compiled core: {native_error()}")
+F32, F64 = torch.float32, torch.float64
+
+_IDS = [
+    pytest.param(case, dtype, isa, id=f"gelu-{isa}-{name}")
+    for name, case, dtype in case_ids(CORRECTNESS, ALL_DTYPES)
+    for isa in ISAS
+    if isa == ISAS[-1] or kernels_of(isa, F32) != kernels_of(ISAS[-1], F32)
+]
+
+
+@pytest.mark.parametrize("case, dtype, isa", _IDS)
+def test_accuracy(case: Case, dtype: torch.dtype, isa: str, set_isa: Callable[[str], None]) -> None:
+    set_isa(isa)
+    inputs = make_inputs(case, dtype)
+    with threads(2), poisoned_memory():
+        results = compute(inputs, "cpu")
+    check_accuracy(inputs, results)
+
+
+def _of_pytorch(x: torch.Tensor, form: str) -> torch.Tensor:
+    if form != "gated":
+        return F.gelu(x)
+    a, b = x.chunk(2, dim=-1)
+    return a * F.gelu(b)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_core)])
+@pytest.mark.parametrize("form", FORMS)
+def test_is_pytorchs(form: str, backend: str) -> None:
+    x = (3 * torch.randn(2, 3, 22, dtype=F64)).requires_grad_()
+    out = hk.gelu(x, form=form, backend=backend)
+    out = torch.cat(out, dim=-1) if form == "halves" else out
+    expected = _of_pytorch(x, form)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
+    grad = torch.randn_like(out)
+    got, wanted = (torch.autograd.grad(t, x, grad)[0] for t in (out, expected))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_core)])
+def test_one_half_alone_has_a_gradient(backend: str) -> None:
+    x = torch.randn(3, 8, dtype=F64, requires_grad=True)
+    for i in (0, 1):
+        half = hk.gelu(x, form="halves", backend=backend)[i]
+        (got,) = torch.autograd.grad(half.sum(), x)
+        (expected,) = torch.autograd.grad(F.gelu(x).chunk(2, dim=-1)[i].sum(), x)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+
+
+@needs_core
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form: str) -> None:
+    x = torch.randn(2, 3, 6, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: hk.gelu(x, form=form, backend="cpu"), x)
+    again = torch.autograd.gradgradcheck
+    assert again(lambda x: hk.gelu(x, form=form, backend="reference"), x)
+
+
+@needs_core
+@pytest.mark.parametrize("first, second", [("reference", "cpu"), ("cpu", "reference")])
+@pytest.mark.parametrize("form", FORMS)
+def test_backward_follows_another_backends_forward(form: str, first: str, second: str) -> None:
+    inputs, ops = make_inputs(Case("saved", 6, 20, form), F32), torch.ops.hierkernels
+    results = ops.gelu_forward(inputs.x, form, first)
+    grads = inputs.dout.chunk(2, dim=-1) if form == "halves" else (inputs.dout, results[1])
+    dx = ops.gelu_backward(inputs.x, form, *grads, second)
+    out = torch.cat(results, dim=-1) if form == "halves" else results[0]
+    check_accuracy(inputs, {"out": out, "dx": dx})
+
+
+@needs_core
+def test_nan_and_infinity() -> None:
+    x = torch.tensor([[torch.nan, torch.inf, -torch.inf, -40.0, 40.0, 1.0]])
+    for backend in ("cpu", "reference"):
+        out = hk.gelu(x, backend=backend)[0]
+        assert out[0].isnan() and out[1] == torch.inf and out[4] == 40, backend
+        assert out[3] == 0 and out[5].isfinite(), backend
+
+
+@needs_core
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck_and_compile(form: str) -> None:
+    x = torch.randn(5, 6, requires_grad=True)
+    torch.library.opcheck(torch.ops.hierkernels.gelu_forward, (x, form, "cpu"))
+    first = torch.randn(5, 6 if form == "plain" else 3)
+    second = torch.randn(5, 3) if form == "halves" else torch.empty(0)
+    torch.library.opcheck(
+        torch.ops.hierkernels.gelu_backward, (x.detach(), form, first, second, "cpu")
+    )
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        out = hk.gelu(x, form=form)
+        return torch.cat(out, dim=-1) if form == "halves" else out
+
+    out, expected = torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x)
+    assert torch.equal(out, expected)
+    got, grad = (torch.autograd.grad(t.square().sum(), x)[0] for t in (out, expected))
+    assert torch.equal(got, grad)
+
+
+X = torch.zeros(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [
+        ({"x": 1}, TypeError, "x must be a torch.Tensor, got int"),
+        ({"x": X.int()}, TypeError, "x must be float32.*got torch.int32"),
+        ({"x": X[0, 0, 0]}, ValueError, "x must have one dimension or more"),
+        ({"x": X[..., :3], "form": "halves"}, ValueError, "even number of channels.*got 3"),
+        ({"form": "tanh"}, ValueError, "form must be one of plain, halves, gated, got 'tanh'"),
+        ({"backend": "cuda"}, NotImplementedError, "no gelu kernel"),
+    ],
+)
+def test_bad_input(changed: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        hk.gelu(**({"x": X} | changed))
+
+
+@needs_core
+def test_explain() -> None:
+    assert hk.explain("gelu", X, form="gated").backend == "cpu"
