@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,12 @@ def cuda_runtime(nvcc: str) -> Path | None:
     return None
 
 
+def core_stamp() -> str:
+    """What the core says it was built from; hierkernels.native compares it."""
+    version = runpy.run_path(str(ROOT / "hierkernels" / "version.py"))["__version__"]
+    return runpy.run_path(str(ROOT / "hierkernels" / "core_stamp.py"))["stamp"](version, CSRC)
+
+
 def quote(value: object) -> str:
     return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -131,6 +138,8 @@ def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, ta
         if source.suffix == ".cu":
             archs = HOPPER_FLAGS if source.parent.name == "hopper" else cuda_architectures()
             lines.append(f"  archs = {' '.join(archs)}")
+        if source == CSRC / "stamp.cpp":
+            lines.append(f"  flags = '-DHIERKERNELS_STAMP=\"{core_stamp()}\"'")
         if level in LEVEL_FLAGS:
             lines.append(f"  flags = {' '.join(LEVEL_FLAGS[level])}")
         objects.append(quote(obj))

@@ -1,4 +1,4 @@
-"""What options cost hk.attention: rates against the plain causal kernel.
+"""What options cost hk.attention and hk.local_attention: rates against the plain causal kernel.
 
     python -m benchmarks.rates [-k TEXT] [--threads N] [--dtype float32|bfloat16]
 
@@ -22,6 +22,8 @@ import torch
 
 from hierkernels import testing
 from hierkernels.ops.attention.spec import SPEED_DTYPES, Case, dtype_name
+from hierkernels.ops.local_attention import testing as local_testing
+from hierkernels.ops.local_attention.spec import LocalCase
 
 GOAL_MODIFIERS, GOAL_DIMS, GOAL_MULTI_QUERY = 0.8, 0.7, 1.0
 SAMPLE_S = 0.02  # a sample repeats the call until it lasts about so long
@@ -69,13 +71,25 @@ def rates() -> Iterator[Rate]:
     yield Rate(replace(short, name="short, bias (1,H,N,N)", bias="hqk"), short, GOAL_MODIFIERS)
     yield Rate(replace(short, name="short, kv heads 2", Hkv=2), short, GOAL_MODIFIERS)
     yield Rate(replace(short, name="short, kv heads 1", Hkv=1), short, GOAL_MULTI_QUERY)
+    yield from _local_rates()
     base = _case("plain", 1, 8, 1024, 64)
     for d in (32, 40, 80, 96, 100, 128, 160, 192, 256):
         yield Rate(replace(base, name=f"head dim {d}", D=d, Dv=d), base, GOAL_DIMS)
 
 
+def _local_rates() -> Iterator[Rate]:
+    """Local attention with options, against it without them."""
+    for exact in (True, False):
+        plain = LocalCase(
+            "local", 1, 8, 8, 8192, 8192, 64, 64, is_causal=True, width=128, exact_window=exact
+        )
+        name = f"local{' exact' if exact else ''}, slot bias"
+        yield Rate(replace(plain, name=name, bias="slots"), plain, GOAL_MODIFIERS)
+
+
 def _bind(case: Case, dtype: torch.dtype, direction: str) -> Callable[[], object]:
-    inputs = testing.make_inputs(case, dtype)
+    make_inputs = local_testing.make_inputs if isinstance(case, LocalCase) else testing.make_inputs
+    inputs: testing.Inputs = make_inputs(case, dtype)  # type: ignore[arg-type]
     if direction == "forward":
         call = inputs.call()
 

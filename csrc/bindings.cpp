@@ -10,6 +10,7 @@
 #include "cpu/select_blocks/select_blocks.h"
 #include "cpu/selected_attention/selected_attention.h"
 #include "cpu/sgu/sgu.h"
+#include "stamp.h"
 
 namespace py = pybind11;
 using hierkernels::attention_params;
@@ -66,6 +67,7 @@ hierkernels::GeluParams gelu_params(const py::object& x, int64_t form, const py:
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of hierkernels.";
+  m.attr("built_from") = hierkernels::built_from();
   hierkernels::bind_dtypes(m);
 
   m.def("cpu_isa", [] { return hierkernels::isa_name(hierkernels::active_isa()); });

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 # On GPUs Triton comes first until a committed measurement says that the CUDA core is faster.
 AUTO_ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+# Backends without kernels for an operator beside the great ones.
+NO_KERNELS = {"gelu": ("cuda",), "rms_norm": ("cuda",), "rotary": ("cuda",)}
 
 _forced: list[str] = []
 
@@ -43,8 +45,8 @@ def use_backend(backend: str | None) -> Iterator[None]:
 def requested_backend(backend: str | None, without: tuple[str, ...] = ()) -> str:
     """The backend that is asked for, "" when the choice is free.
 
-    `without` are backends that an operator beside the great ones has no kernels for: where they are
-    forced for all operators alike, its choice is free. Asked for by the call itself, they refuse.
+    `without`: the operator's NO_KERNELS. Where one is forced for all operators alike, the
+    choice is free. Asked for by the call itself, it refuses.
     """
     if backend is not None:
         return check_backend_name(backend)

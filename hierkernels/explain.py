@@ -46,8 +46,9 @@ def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> 
 
     Raises ValueError for an unknown op, and whatever the op itself would raise.
     """
-    if op not in PROBLEMS:
+    if not isinstance(op, str) or op not in PROBLEMS:
         raise ValueError(f"op must be one of {', '.join(PROBLEMS)}, got {op!r}")
     call = PROBLEMS[op](*args, **options)
     computed_by = _COMPUTED_BY.get(op, op)
-    return dispatch.survey(computed_by, call, dispatch.requested_backend(backend))
+    asked = dispatch.requested_backend(backend, dispatch.NO_KERNELS.get(computed_by, ()))
+    return dispatch.survey(computed_by, call, asked)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch  # first: the core then shares PyTorch's OpenMP runtime and thread pool
 
+from hierkernels.core_stamp import REBUILD, is_stale, misfit
+from hierkernels.version import __version__
+
 CPU_ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # each a superset of the one before
 # In the order of DType in csrc/common/tensor.h.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64)
+
+_CSRC = Path(__file__).resolve().parents[1] / "csrc"  # in a checkout
 
 _error = "not loaded yet"
 
@@ -28,6 +35,9 @@ def kernels_of(isa: str, dtype: torch.dtype) -> str:
 def native() -> Any:
     """The compiled module, or None (native_error() then says why).
 
+    Warns of a core that was built from other sources than those beside it. One whose functions
+    differ from what this package calls, or of another version, is not used.
+
     Raises ValueError if HIERKERNELS_CPU_ISA names no instruction set; one that the machine lacks
     caps nothing.
     """
@@ -38,8 +48,19 @@ def native() -> Any:
     try:
         module = importlib.import_module("hierkernels._native")
     except ImportError as error:
-        _error = f"{error}; build it with: python setup.py build_ext --inplace"
+        _error = f"{error}; {REBUILD}"
         return None
+    built_from = getattr(module, "built_from", None)
+    if reason := misfit(built_from, __version__, _CSRC):
+        _error = f"{reason}; {REBUILD}"
+        warnings.warn(f"hierkernels: {_error}", RuntimeWarning, stacklevel=2)
+        return None
+    if is_stale(built_from, __version__, _CSRC):
+        warnings.warn(
+            f"hierkernels: the compiled core is older than csrc; {REBUILD}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     module.set_dtypes(DTYPES)
     _error = ""
     return module

@@ -24,6 +24,19 @@ def check_integer(name: str, value: object, *, minimum: int) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
+def check_device(device: str) -> torch.device:
+    """The device of that name; ValueError unless PyTorch can use it on this machine."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be one that PyTorch can use here, such as cpu, got {device!r}: {reason}"
+        ) from error
+    return found
+
+
 def check_token_type(name: str, ids: object, device: torch.device) -> None:
     """Raises TypeError or ValueError unless ids is a tensor of integers on the device."""
     if not isinstance(ids, Tensor):

@@ -11,6 +11,7 @@ import torch
 
 import hierkernels as hk
 from python_models import checkpoint
+from python_models.arguments import check_device
 from python_models.registry import MODELS, continue_bytes
 
 
@@ -42,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, help="repeatable output (default: a new one)")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda (default: cpu)")
-    parser.add_argument("--backend", help="backend of hierkernels (default: the best there is)")
+    parser.add_argument(
+        "--backend", choices=hk.BACKENDS, help="backend of hierkernels (default: the best there is)"
+    )
     return parser
 
 
@@ -55,6 +58,7 @@ def sample(arguments: argparse.Namespace) -> None:
         if arguments.prompt_file is None
         else arguments.prompt_file.read_bytes()
     )
+    device = check_device(arguments.device)
     folder = checkpoint.find(arguments.checkpoint)
     state = checkpoint.load_state(folder)
     if state["model"] not in MODELS:
@@ -71,8 +75,8 @@ def sample(arguments: argparse.Namespace) -> None:
             f"{state['model']}: {error}"
         ) from error
     checkpoint.load_model(module, checkpoint.load_tensors(folder, state), folder)
-    module.to(arguments.device).eval()
-    generator = torch.Generator(arguments.device)
+    module.to(device).eval()
+    generator = torch.Generator(device)
     if arguments.seed is None:
         generator.seed()
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hierkernels import BACKENDS
 from python_models.registry import MODELS, PRESETS
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,7 +48,9 @@ class TrainConfig:
     precision: str = _option(
         "float32", "bfloat16 runs matrix products under autocast", choices=sorted(PRECISIONS)
     )
-    backend: str | None = _option(None, "backend of hierkernels (default: the best there is)")
+    backend: str | None = _option(
+        None, "backend of hierkernels (default: the best there is)", choices=BACKENDS
+    )
     device: str = _option("cpu", "such as cpu or cuda")
     threads: int | None = _option(None, "CPU threads (default: PyTorch's)")
     seed: int = _option(0, "of weights, data order and samples")

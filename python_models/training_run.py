@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from python_models import checkpoint, distributed
+from python_models.arguments import check_device
 from python_models.data import evaluation_batches, random_batch
 from python_models.registry import MODELS, ByteModel, continue_bytes
 from python_models.train_config import PRECISIONS, TrainConfig
@@ -42,7 +43,7 @@ class Run:
         self.options = options
         self.entry: ByteModel = MODELS[config.model]
         self.window = self.entry.window(options)
-        self.device = torch.device(config.device)
+        self.device = check_device(config.device)
         torch.manual_seed(config.seed)
         self.module = self.entry.make(options).to(self.device)
         self.loss: nn.Module = _Loss(self.entry, self.module)

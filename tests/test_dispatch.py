@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,6 +180,33 @@ def test_explain_names_the_choice_and_refusals(qkv: tuple) -> None:
         hk.explain("attention", qkv[0][0], *qkv[1:])
 
 
+@pytest.mark.parametrize("op", ["attention", "gelu", "layer_norm", "rms_norm", "rotary"])
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_explain_agrees_with_the_call(op: str, backend: str) -> None:
+    x, table = torch.randn(1, 2, 5, 8), torch.randn(5, 4)
+    arguments = {
+        "attention": (x, x, x), "gelu": (x,), "layer_norm": (x, x[0, 0, 0], x[0, 0, 0]),
+        "rms_norm": (x, x[0, 0, 0]), "rotary": (x, table, table),
+    }  # fmt: skip
+
+    def refuses(ask: Callable[..., object], **options: str) -> bool:
+        try:
+            ask(*arguments[op], **options)
+        except NotImplementedError:
+            return True
+        return False
+
+    def explain(*args: torch.Tensor, **options: str) -> object:
+        return hk.explain(op, *args, **options)
+
+    call = getattr(hk, op)
+    assert refuses(explain, backend=backend) == refuses(call, backend=backend)
+    with hk.use_backend(backend):
+        assert refuses(explain) == refuses(call)
+        if backend == "cuda":  # of the small operators it has no kernels, so others compute them
+            assert refuses(call) == (op == "attention")
+
+
 def test_every_way_to_ask_gives_the_reference(qkv: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     # The reference alone leaves a graph of PyTorch's own operations behind.
     q = qkv[0].requires_grad_()
@@ -194,6 +222,23 @@ def test_every_way_to_ask_gives_the_reference(qkv: tuple, monkeypatch: pytest.Mo
     assert node() == plain
     with hk.use_backend(None):
         assert node() == kernel
+
+
+@pytest.mark.skipif(native() is None, reason="the compiled core is missing")
+def test_a_compiled_function_follows_use_backend(qkv: tuple) -> None:
+    asked = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> Callable:
+        operator = torch.ops.hierkernels.attention_forward.default
+        asked.append([node.args[-1] for node in graph.graph.nodes if node.target is operator])
+        return graph.forward
+
+    compiled = torch.compile(lambda q: hk.attention(q, q, q), backend=record, fullgraph=True)
+    compiled(qkv[0])
+    for name in ("cpu", "reference", "cpu"):
+        with hk.use_backend(name):
+            compiled(qkv[0])
+    assert asked == [[""], ["cpu"], []]  # the reference is no operator; what fits is not made anew
 
 
 def _python(arguments: list[str]) -> subprocess.CompletedProcess[str]:

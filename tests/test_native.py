@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import hierkernels as hk
+from hierkernels.core_stamp import is_stale, misfit, stamp
 from hierkernels.native import CPU_ISAS, native, native_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,64 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
     )
+
+
+def _load(built_from: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code where the core says that it was built from something else."""
+    before = f"""
+import hierkernels._native as core
+core.built_from = {built_from}
+from hierkernels import core_stamp, version
+from hierkernels.native import native, native_error
+import torch, hierkernels as hk
+q = torch.zeros(1, 1, 1, 4)
+"""
+    return _python("import torch\n" + before + code)
+
+
+@needs_core
+def test_the_core_says_what_it_was_built_from() -> None:
+    assert CORE.built_from == stamp(hk.__version__, ROOT / "csrc")
+
+
+@needs_core
+@pytest.mark.parametrize(
+    "built_from, reason",
+    [
+        ("None", "the compiled core is of version unknown, not "),
+        ("'0.0.1 ' + core.built_from.split(' ', 1)[1]", "is of version 0.0.1, not "),
+        ("core.built_from.split()[0] + ' 0123 0123'", "of other sources, whose functions differ"),
+    ],
+    ids=["no stamp", "version", "functions"],
+)
+def test_a_core_that_does_not_fit_is_not_called(built_from: str, reason: str) -> None:
+    found = _load(built_from, "hk.attention(q, q, q); hk.attention(q, q, q, backend='cpu')")
+    assert found.returncode != 0
+    assert "NotImplementedError: attention: backend 'cpu' does not support" in found.stderr
+    for text in ("RuntimeWarning: hierkernels: ", reason, "python setup.py build_ext --inplace"):
+        assert text in found.stderr
+
+
+@needs_core
+def test_a_core_that_is_older_than_its_sources_is_told_of() -> None:
+    found = _load("' '.join(core.built_from.split()[:2]) + ' 0123'", "native(); native()")
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("RuntimeWarning: hierkernels: the compiled core is older than") == 1
+
+
+def test_stamps_tell_sources_apart(tmp_path: Path) -> None:
+    for name in ("bindings.cpp", "cpu/kernel.cpp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("first\n")
+    first = stamp("1", tmp_path)
+    assert not misfit(first, "1", tmp_path) and not is_stale(first, "1", tmp_path)
+    (tmp_path / "cpu/kernel.cpp").write_text("second\n")
+    assert not misfit(first, "1", tmp_path) and is_stale(first, "1", tmp_path)
+    (tmp_path / "bindings.cpp").write_text("second\n")
+    assert misfit(first, "1", tmp_path)
+    # An installed package has no sources.
+    assert not misfit(first, "1", tmp_path / "none") and not is_stale(first, "1", tmp_path / "none")
+    assert misfit(first, "2", tmp_path / "none")
 
 
 @needs_core

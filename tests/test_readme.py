@@ -38,10 +38,7 @@ def test_plots_can_be_drawn_from_their_result_files():
 def test_every_environment_variable_is_documented():
     sources = [*README.parent.glob("hierkernels/**/*.py"), README.parent / "setup.py"]
     sources += README.parent.glob("csrc/**/*.cpp")
-    used = {
-        name
-        for source in sources
-        for name in re.findall(r"\bHIERKERNELS_(?!X86\b|CUDA\b)[A-Z_]+\b", source.read_text())
-    }
+    pattern = r"\bHIERKERNELS_(?!X86\b|CUDA\b|STAMP\b)[A-Z_]+\b"  # but for macros of csrc
+    used = {name for source in sources for name in re.findall(pattern, source.read_text())}
     documented = set(re.findall(r"\bHIERKERNELS_[A-Z_]+\b", README.read_text()))
     assert used <= documented, f"not in the README: {sorted(used - documented)}"

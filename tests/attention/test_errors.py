@@ -26,6 +26,9 @@ def _good() -> dict:
 META = torch.device("meta")
 # name: (the arguments that differ from good ones, the error, what its message must contain)
 BAD: dict[str, tuple[dict, type[Exception], tuple[str, ...]]] = {
+    "is_causal-text": ({"is_causal": "no"}, TypeError, ("is_causal must be True or False", "'no'")),
+    "is_causal-tensor": ({"is_causal": torch.ones(NQ, NK)}, TypeError, ("is_causal must be True",)),
+    "return_lse-text": ({"return_lse": "no"}, TypeError, ("return_lse must be True or False",)),
     # q, k, v
     "q-list": ({"q": [1.0]}, TypeError, ("q must be a torch.Tensor", "list")),
     "k-none": ({"k": None}, TypeError, ("k must be a torch.Tensor", "NoneType")),

@@ -48,6 +48,7 @@ BAD: dict[str, tuple[dict, type[Exception], tuple[str, ...]]] = {
     "forward-float": (
         {"look_forward": 0.5, "is_causal": False}, TypeError, ("look_forward must be an int",)
     ),
+    "lse-int": ({"return_lse": 1}, TypeError, ("return_lse must be True or False", "got 1")),
     "causal-none": ({"is_causal": None}, TypeError, ("is_causal must be True or False", "None")),
     "exact-int": ({"exact_window": 1}, TypeError, ("exact_window must be True or False", "1")),
     "zero-int": ({"zero_lookback": 0}, TypeError, ("zero_lookback must be True or False", "0")),

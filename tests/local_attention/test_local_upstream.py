@@ -34,6 +34,8 @@ CASES: dict[str, dict] = {
         "is_causal": False, "look_backward": 2, "look_forward": 2, "exact_window": True,
     },
     "both-forward0": {"is_causal": False, "look_forward": 0},
+    "both-back3": {"is_causal": False, "look_backward": 3},
+    "both-forward3-exact": {"is_causal": False, "look_forward": 3, "exact_window": True},
     "back0": {"look_backward": 0},
     "scale": {"scale": 0.7},
 }  # fmt: skip

@@ -345,6 +345,16 @@ def test_commands(config: TrainConfig, capfdbinary: pytest.CaptureFixture) -> No
     assert b"/nowhere does not exist" in capfdbinary.readouterr().err
     assert main(["--resume", "--out", "/nowhere"]) == 1
     assert b"there is no checkpoint in /nowhere" in capfdbinary.readouterr().err
+    for wrong in ("nonsense", "cuda:99"):
+        for command, options in ((main, [*arguments, "--overwrite"]), (sample.main, prompt)):
+            assert command([*options, "--device", wrong]) == 1
+            assert f"device must be one that PyTorch can use here, such as cpu, got '{wrong}'" in (
+                capfdbinary.readouterr().err.decode()
+            )
+    for command, options in ((main, arguments), (sample.main, prompt)):
+        with pytest.raises(SystemExit):
+            command([*options, "--backend", "gpu"])
+        assert b"invalid choice: 'gpu'" in capfdbinary.readouterr().err
     assert sample.main(["--checkpoint", config.out, "--bytes", "-1"]) == 1
     assert b"bytes must be at least 0" in capfdbinary.readouterr().err
 

@@ -120,6 +120,7 @@ BAD: dict[str, tuple[dict, type[Exception], tuple[str, ...]]] = {
         ("block_weights must be on the device of q (cpu)", "meta"),
     ),
     "own-int": ({"include_own_block": 1}, TypeError, ("include_own_block must be True", "1")),
+    "lse-int": ({"return_lse": 1}, TypeError, ("return_lse must be True or False", "got 1")),
     "causal-none": ({"is_causal": None}, TypeError, ("is_causal must be True or False", "None")),
     "check-int": ({"check_indices": 1}, TypeError, ("check_indices must be True or False", "1")),
     "scale-str": ({"scale": "1"}, TypeError, ("scale must be a number", "str")),

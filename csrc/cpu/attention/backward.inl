@@ -1,5 +1,6 @@
 // The backward kernel: tiles of keys outside, blocks of packed rows inside. dK and dV of a tile of keys are summed in
-// scratch over all rows (the heads of the group included), dQ in scratch over the tiles of keys.
+// scratch over all rows (the heads of the group included), dQ in scratch over the tiles of keys: a ring of blocks of
+// rows, each begun at the first tile that it sees and stored after the last. With a window the ring stays in cache.
 #pragma once
 #include <omp.h>
 
@@ -33,6 +34,13 @@ class Backward {
     dq_in_place_ = whole_ && k_in_place_ && rows_of(p.dq, storage, 0, 0, p.group()).uniform_stride(p.n_queries()) != 0;
     dq_rows_ = whole_ ? shape_.rows : blocks_.rows;
     plan_ = plan_backward(p, omp_get_max_threads(), key_tiles_, dq_size() * static_cast<int64_t>(sizeof(F)), sizeof(F));
+    ring_ = blocks_.count();
+    if (!whole_ && plan_.splits == 1) {
+      ring_ = 1;
+      for (int64_t tile = 0; tile < key_tiles_; ++tile)
+        if (const int64_t n = blocks_seeing(tile).end - blocks_seeing(tile).begin; n > ring_) ring_ = n;
+      dq_rows_ = ring_ * blocks_.size;
+    }
 
     const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
     const int64_t keys = round_up(shape_.keys, shape_.panel), padded = shape_.padded, padded_v = shape_.padded_v;
@@ -105,6 +113,7 @@ class Backward {
   struct Work {
     TileRows& tile;
     F *scores, *dp, *k_panels, *v_panels, *k, *q, *dout, *dk, *dv, *lse, *lse_low, *delta, *dq;
+    int64_t begun = 0, stored = 0;  // blocks of rows of the task, if it is not split: those before have been
     TileModifiers<F> modifiers;
     GradientRows<F> rows;
     NextInputs next;
@@ -144,6 +153,19 @@ class Backward {
   }
 
   int64_t dq_size() const { return dq_rows_ * shape_.padded; }
+  // The first row of a block in the ring.
+  int64_t slot(int64_t block) const { return block % ring_ * blocks_.size; }
+
+  // The blocks of rows that see one of a tile's keys. Both ends grow with the tile.
+  struct Blocks {
+    int64_t begin, end;
+  };
+  Blocks blocks_seeing(int64_t tile) const {
+    const int64_t key = tile * kTileKeys, queries = p_.n_queries();
+    const int64_t after = key + kTileKeys < p_.n_keys() ? key + kTileKeys : p_.n_keys();
+    return {p_.range.hi.first_reaching(key + 1, queries) * p_.group() / blocks_.size,
+            (p_.range.lo.first_reaching(after, queries) * p_.group() + blocks_.size - 1) / blocks_.size};
+  }
   int64_t bias_size() const {
     const Tensor& g = p_.dbias;
     return g ? g.size[0] * g.size[1] * g.size[2] * g.size[3] : 0;
@@ -152,12 +174,11 @@ class Backward {
   void task(Work& w, const BackwardTask& t, F* dbias) const {
     const int64_t pair = t.b * p_.kv_heads() + t.kv_head;
     F* dq = plan_.splits > 1 ? shared_ + (pair * plan_.splits + t.split) * dq_size() : w.dq;
-    if (!whole_) {
-      load_lse(t, 0, blocks_.rows, w.lse, w.lse_low);
-      load_delta(t, 0, blocks_.rows, w.delta);
-      if (lse_corrections_)
-        for (int64_t r = 0; r < blocks_.rows; ++r) w.lse_low[r] += lse_corrections_[pair * blocks_.rows + r];
+    w.begun = w.stored = 0;
+    if (plan_.splits > 1) {
+      prepare_rows(t, 0, blocks_.rows, w.lse, w.lse_low, w.delta);
       memset(dq, 0, static_cast<size_t>(dq_size()) * sizeof(F));
+      w.begun = w.stored = blocks_.count();
     }
     if (p_.dbias && p_.bias_of_pairs() && t.split == 0) {
       const TileBiasGradient<F> bias = bias_gradient(t, dbias);
@@ -167,7 +188,17 @@ class Backward {
     }
     for (int64_t round = 0; round * plan_.splits < key_tiles_; ++round)
       if (const int64_t tile = plan_.tile(t.split, round); tile < key_tiles_) key_tile(w, t, tile, dq, dbias);
-    if (!whole_ && plan_.splits == 1) store_dq(t, 0, blocks_.rows, dq);
+    if (!whole_) store_blocks(w, t, blocks_.count(), dq);
+  }
+
+  // dQ of all blocks before `end` that are not stored yet; 0 for those that no tile has begun.
+  void store_blocks(Work& w, const BackwardTask& t, int64_t end, F* dq) const {
+    for (; w.stored < end; ++w.stored) {
+      F* x = dq + slot(w.stored) * shape_.padded;
+      if (w.stored >= w.begun) memset(x, 0, static_cast<size_t>(blocks_.size * shape_.padded) * sizeof(F));
+      store_dq(t, blocks_.first(w.stored), blocks_.rows_of(w.stored), x);
+    }
+    if (w.begun < end) w.begun = end;
   }
 
   // body(r, offset) for rows first .. first + n: where their numbers lie in lse and dlse.
@@ -218,6 +249,15 @@ class Backward {
     }
   }
 
+  // lse, lse_low and delta of rows first .. first + n, where the keys are several tiles.
+  void prepare_rows(const BackwardTask& t, int64_t first, int64_t n, F* lse, F* lse_low, F* delta) const {
+    load_lse(t, first, n, lse, lse_low);
+    load_delta(t, first, n, delta);
+    if (!lse_corrections_) return;
+    const F* lacks = lse_corrections_ + (t.b * p_.kv_heads() + t.kv_head) * blocks_.rows + first;
+    for (int64_t r = 0; r < n; ++r) lse_low[r] += lacks[r];
+  }
+
   // What the log-sum-exps of a block of rows lack, to lse_corrections_.
   void correct_lse(Work& w, int64_t pair, int64_t block) const {
     const BackwardTask t{pair / p_.kv_heads(), pair % p_.kv_heads(), 0};
@@ -255,9 +295,9 @@ class Backward {
     // The blocks of rows that see one of the keys; all of them if dQ is stored block by block.
     int64_t block = 0, end = blocks_.count();
     if (!whole_) {
-      const int64_t queries = p_.n_queries();
-      block = p_.range.hi.first_reaching(key + 1, queries) * p_.group() / blocks_.size;
-      end = (p_.range.lo.first_reaching(key + keys, queries) * p_.group() + blocks_.size - 1) / blocks_.size;
+      block = blocks_seeing(index).begin;
+      end = blocks_seeing(index).end;
+      store_blocks(w, t, block, dq);
     }
     // dK and dV that come from one block of rows are written where they belong, others are summed in scratch.
     const bool once = end - block == 1;
@@ -282,6 +322,8 @@ class Backward {
   void row_block(Work& w, const BackwardTask& t, int64_t block, int64_t key, int keys, const Operand& k, F* dq,
                  F* dbias, const Target<F>& dk, const Target<F>& dv) const {
     const int64_t group = p_.group(), first = blocks_.first(block);
+    const bool begins = !whole_ && block >= w.begun;
+    if (begins) w.begun = block + 1;
     TileRows& tile = w.tile;
     tile.set_rows(p_.range, first, blocks_.rows_of(block), group, p_.n_keys());
     tile.set_keys(key, keys);
@@ -308,14 +350,16 @@ class Backward {
       w.rows.delta = w.delta;
       gradient_tile<true>(tile, w.modifiers, w.rows, bias, w.scores, w.dp, stride);
     } else {
-      w.rows.lse = w.lse + first;
-      w.rows.lse_low = w.lse_low + first;
-      w.rows.delta = w.delta + first;
+      w.rows.lse = w.lse + slot(block);
+      w.rows.lse_low = w.lse_low + slot(block);
+      w.rows.delta = w.delta + slot(block);
+      if (begins) prepare_rows(t, first, tile.n, w.lse + slot(block), w.lse_low + slot(block), w.delta + slot(block));
       gradient_tile<false>(tile, w.modifiers, w.rows, bias, w.scores, w.dp, stride);
     }
     multiply_keys(tile, w.scores, stride, dout.data, dout.stride, shape_.dim_v, dv, w.next);
     multiply_keys(tile, w.dp, stride, q.data, q.stride, shape_.dim, dk, w.next);
-    Target<F> dq_target = {whole_ ? dq : dq + first * shape_.padded, shape_.padded, whole_ ? Update::kStore : Update::kAdd};
+    Target<F> dq_target = {whole_ ? dq : dq + slot(block) * shape_.padded, shape_.padded,
+                           whole_ || begins ? Update::kStore : Update::kAdd};
     if (dq_in_place_) {
       const Rows rows = rows_of(p_.dq, storage_, t.b, t.kv_head, group);
       dq_target = target_in<F>(p_.dq, rows, queries, first, Update::kStore, nullptr);
@@ -369,7 +413,8 @@ class Backward {
   int64_t key_tiles_;
   bool whole_;  // one tile holds all keys
   bool q_in_place_, dout_in_place_, k_in_place_, v_in_place_, dq_in_place_;
-  int64_t dq_rows_;  // rows of dQ in scratch: all, or those of a block if the tile is whole
+  int64_t dq_rows_;  // rows of dQ in scratch: all, those of the ring, or those of a block if the tile is whole
+  int64_t ring_;     // blocks of rows in scratch at a time
   BackwardPlan plan_;
   F* shared_ = nullptr;  // partial dQ, then copies of dbias
   F* bias_copies_ = nullptr;

@@ -45,20 +45,22 @@ class BiasGradient {
 
   // sums[b, h, i, j0 .. j0 + n) += 32 numbers, of which the first n count.
   HK_INLINE void add_row(F* sums, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, __m512 low, __m512 high) const {
-    if (!once_ && !slots_ && t_.stride[3] != 0) {
-      F* to = sums + b * t_.stride[0] + h * t_.stride[1] + i * t_.stride[2] + j0;
-      const __mmask16 first = first_lanes16(n), second = first_lanes16(n - 16);
+    if (!once_ && t_.stride[3] == 0) {
+      alignas(64) float line[32];
+      _mm512_store_ps(line, low);
+      _mm512_store_ps(line + 16, high);
+      return add_row(sums, b, h, i, j0, n, line);
+    }
+    if (!once_) {
+      const int64_t column = slots_.column(i, j0);
+      float* to = sums + b * t_.stride[0] + h * t_.stride[1] + slots_.row(i) * t_.stride[2] + column;
+      const __mmask32 there = first_lanes32(slots_.end(column, n)) & ~first_lanes32(slots_.begin(column));
+      const __mmask16 first = static_cast<__mmask16>(there), second = static_cast<__mmask16>(there >> 16);
       _mm512_mask_storeu_ps(to, first, _mm512_add_ps(low, _mm512_maskz_loadu_ps(first, to)));
       _mm512_mask_storeu_ps(to + 16, second, _mm512_add_ps(high, _mm512_maskz_loadu_ps(second, to + 16)));
       __builtin_prefetch(to + 32, 1);
       __builtin_prefetch(to + 48, 1);
       return;
-    }
-    if (!once_) {
-      alignas(64) float line[32];
-      _mm512_store_ps(line, low);
-      _mm512_store_ps(line + 16, high);
-      return add_row(sums, b, h, i, j0, n, line);
     }
     const int64_t at = b * t_.stride[0] + h * t_.stride[1] + i * t_.stride[2] + j0;
     const __mmask32 valid = first_lanes32(n);

@@ -11,10 +11,12 @@ struct [[maybe_unused]] ProductSession {};  // nothing to set up
 // Sixteen rows take as long each as more do.
 [[maybe_unused]] constexpr bool kNarrowStrips = true;
 
-// Eight rows x 16 CT columns in registers: sixteen sums hide the latency of their products.
-template <int CT>
+// Eight rows x 16 CT columns in registers: sixteen sums hide the latency of their products. kAhead: lines from `ahead`
+// on are asked for, two in each step of 32 terms.
+template <int CT, bool kAhead = false>
 HK_INLINE void accumulate_rows(float* c, int64_t c_stride, int64_t c_right, bool first, const bf16* a, int64_t a_stride,
-                               int64_t a_step, const bf16* b, int64_t b_right, int64_t b_step, int count) {
+                               int64_t a_step, const bf16* b, int64_t b_right, int64_t b_step, int count,
+                               const char* ahead = nullptr) {
   constexpr int kRows = 8;
   __m512 sum[kRows][CT];
 #pragma GCC unroll 8
@@ -22,6 +24,11 @@ HK_INLINE void accumulate_rows(float* c, int64_t c_stride, int64_t c_right, bool
 #pragma GCC unroll 2
     for (int t = 0; t < CT; ++t) sum[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * c_stride + t * c_right);
   for (int s = 0; s < count; ++s, a += a_step, b += b_step) {
+    if constexpr (kAhead) {
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead + 64, 0, 2);
+      ahead += 128;
+    }
     for (int pair = 0; pair < 16; ++pair) {
       __m512bh right[CT];
 #pragma GCC unroll 2
@@ -43,14 +50,23 @@ HK_INLINE void accumulate_rows(float* c, int64_t c_stride, int64_t c_right, bool
     for (int t = 0; t < CT; ++t) _mm512_storeu_ps(c + r * c_stride + t * c_right, sum[r][t]);
 }
 
+// ahead: count times RT * 256 bytes that a later product reads, asked for meanwhile; none if null.
 template <int RT, int CT>
 void accumulate(const TileGrid& c, bool first, const bf16* a, int64_t a_stride, int64_t a_down, int64_t a_step,
-                const bf16* b, int64_t b_right, int64_t b_step, int count) {
+                const bf16* b, int64_t b_right, int64_t b_step, int count, const void* ahead = nullptr) {
   static_assert(RT <= 2 && CT <= 2);
+  const char* lines = static_cast<const char*>(ahead);
   for (int down = 0; down < RT; ++down)
-    for (int r = 0; r < 16; r += 8)
-      accumulate_rows<CT>(c.base + down * c.down + r * c.stride, c.stride, c.right, first,
-                          a + down * a_down + r * a_stride, a_stride, a_step, b, b_right, b_step, count);
+    for (int r = 0; r < 16; r += 8) {
+      float* to = c.base + down * c.down + r * c.stride;
+      const bf16* rows = a + down * a_down + r * a_stride;
+      if (lines) {
+        accumulate_rows<CT, true>(to, c.stride, c.right, first, rows, a_stride, a_step, b, b_right, b_step, count, lines);
+        lines += count * 128;
+      } else {
+        accumulate_rows<CT>(to, c.stride, c.right, first, rows, a_stride, a_step, b, b_right, b_step, count);
+      }
+    }
 }
 
 HK_INLINE void score_tiles(const bf16* a, int64_t a_stride, const bf16* b, int tiles, int steps, float* c,

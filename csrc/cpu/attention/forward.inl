@@ -215,9 +215,7 @@ class Forward {
       if (!few_rows_)
         multiply_scores(tile, q, q_stride, w.k, shape_.panel, shape_.dim, w.scores, shape_.stride, w.next,
                         [&](int r, int from, int to) { w.modifiers.prefetch(tile, r, from, to); });
-      const bool plain = all_keys <= most_keys && !w.modifiers.change_scores() && !w.modifiers.dropout();
-      if (!plain || !softmax_short_rows(tile, w.scores, shape_.stride, w.rows))
-        softmax_tile(tile, w.modifiers, w.scores, shape_.stride, w.keep, w.rows);
+      softmax_tile(tile, w.modifiers, w.scores, shape_.stride, w.keep, w.rows);
       Target<F> out = {sums, shape_.padded_v, update, w.rows.rescale};
       if (direct) {
         invert_sums(w);

@@ -202,12 +202,12 @@ struct Task {
       _mm512_store_ps(o + d, _mm512_mul_ps(shrink, _mm512_load_ps(o + d)));
   }
 
-  // Scaled scores with the bias of n keys.
+  // Scaled scores with the bias of n keys, of which those in [begin, end) have one.
   template <class T>
-  static void modify_direct(int n, float scale, const T* bias, int64_t keys, float* s) {
+  static void modify_direct(int n, float scale, const T* bias, int64_t begin, int64_t end, float* s) {
     const __m512 inner = _mm512_set1_ps(scale), log2e = _mm512_set1_ps(kLog2ef);
     for (int j = 0; j < n; j += 16) {
-      const __mmask16 valid = first_lanes16(keys - j);
+      const __mmask16 valid = first_lanes16(end - j) & ~first_lanes16(begin - j);
       const __m512 x = _mm512_mul_ps(_mm512_load_ps(s + j), inner);
       __m512 added;
       if constexpr (sizeof(T) == 4)
@@ -224,15 +224,19 @@ struct Task {
   // modify_row where the bias can be read as it lies; false if it cannot.
   bool modify_directly(int r, int64_t j0, int from, int to, float* s) const {
     const Tensor& t = f.modifiers.bias;
-    if (f.p.softcap != 0 || f.modifiers.slots || t.stride[3] != 1 || t.dtype == DType::kFloat64) return false;
-    const int64_t key = j0 + from, at = b * t.stride[0] + head(r) * t.stride[1] + query(r) * t.stride[2] + key;
+    if (f.p.softcap != 0 || t.stride[3] != 1 || t.dtype == DType::kFloat64) return false;
+    // Keys without a slot are out of sight: any finite number will do.
+    const BiasSlots& slots = f.modifiers.slots;
+    const int64_t i = query(r), column = slots.column(i, j0 + from);
+    const int64_t at = b * t.stride[0] + head(r) * t.stride[1] + slots.row(i) * t.stride[2] + column;
+    const int64_t begin = slots.begin(column), end = slots.end(column, f.Nk - j0 - from);
     const float scale = f.scale * kLog2ef;
     if (t.dtype == DType::kFloat32)
-      modify_direct(to - from, scale, t.as<float>() + at, f.Nk - key, s + from);
+      modify_direct(to - from, scale, t.as<float>() + at, begin, end, s + from);
     else if (t.dtype == DType::kFloat16)
-      modify_direct(to - from, scale, t.as<Float16>() + at, f.Nk - key, s + from);
+      modify_direct(to - from, scale, t.as<Float16>() + at, begin, end, s + from);
     else
-      modify_direct(to - from, scale, t.as<bf16>() + at, f.Nk - key, s + from);
+      modify_direct(to - from, scale, t.as<bf16>() + at, begin, end, s + from);
     return true;
   }
 

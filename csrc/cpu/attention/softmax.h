@@ -189,69 +189,6 @@ void prepare_scores(const TileRows& tile, const TileModifiers<F>& modifiers, F* 
   }
 }
 
-// A row of C vectors of which the lanes [from, to) are visible, all in registers: scores become 2^(score - largest).
-template <class F, int C>
-__attribute__((noinline)) void softmax_row(int from, int to, F* scores, F* largest, F* sum) {
-  constexpr int W = kWidth<F>;
-  const Vec<F> hidden = set1(-static_cast<F>(__builtin_inff()));
-  Vec<F> x[C];
-#pragma GCC unroll 12
-  for (int c = 0; c < C; ++c) x[c] = load(scores + c * W);
-  x[0] = select(lanes_below<F>(from), hidden, x[0]);
-  x[C - 1] = select(lanes_below<F>(to - (C - 1) * W), x[C - 1], hidden);
-  Vec<F> most = x[0], total = zero<F>();
-#pragma GCC unroll 12
-  for (int c = 1; c < C; ++c) most = max(most, x[c]);
-  *largest = reduce_max(most);
-  const Vec<F> origin = set1(*largest == hidden[0] ? F(0) : *largest);
-#pragma GCC unroll 12
-  for (int c = 0; c < C; ++c) {
-    x[c] = exp2(x[c] - origin);
-    total += x[c];
-    store(scores + c * W, x[c]);
-  }
-  *sum = reduce_add(total);
-}
-#if defined(__AVX512F__)
-constexpr int kRowVectors = 12;  // that the registers hold
-#else
-constexpr int kRowVectors = 4;
-#endif
-template <class F>
-struct SoftmaxRowTable {
-  void (*row[kRowVectors])(int, int, F*, F*, F*);
-};
-template <class F, int... I>
-constexpr SoftmaxRowTable<F> softmax_row_table(std::integer_sequence<int, I...>) {
-  return {{softmax_row<F, I + 1>...}};
-}
-template <class F>
-constexpr SoftmaxRowTable<F> kSoftmaxRow = softmax_row_table<F>(std::make_integer_sequence<int, kRowVectors>());
-
-// softmax_tile where a tile holds all keys of its rows, few for each, and nothing modifies the scores: no row is rescaled,
-// and each is done at once. False, and nothing is done, where a row sees too many keys.
-template <class F>
-bool softmax_short_rows(const TileRows& tile, F* scores, int64_t stride, const SoftmaxRows<F>& rows) {
-  constexpr int W = kWidth<F>;
-  for (int r = 0; r < tile.n; ++r)
-    if (round_up(tile.to[r], W) - tile.from[r] / W * W > kRowVectors * W) return false;
-  for (int r = 0; r < tile.n; ++r, scores += stride) {
-    const Span readable = tile.readable(r, W);
-    const int from = tile.from[r], to = tile.to[r];
-    if (from >= to) {
-      clear(scores, readable.begin, readable.end);
-      rows.max[r] = -static_cast<F>(__builtin_inff());
-      rows.sum[r] = F(0);
-      continue;
-    }
-    const int begin = from / W * W, end = round_up(to, W);
-    kSoftmaxRow<F>.row[(end - begin) / W - 1](from - begin, to - begin, scores + begin, rows.max + r, rows.sum + r);
-    clear(scores, readable.begin, begin);
-    clear(scores, end, readable.end);
-  }
-  return true;
-}
-
 // One step of the online softmax for every row of the tile: scores become 2^(score - max), zeros where `readable` but
 // not visible, times what dropout keeps.
 template <class F>

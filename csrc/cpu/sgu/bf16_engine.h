@@ -19,6 +19,7 @@ struct Bf16Engine {
   static constexpr int64_t kStrip = 32, kPanel = 32, kUnit = 32, kGroup = 2;
   static constexpr int64_t kBlockRows = kBf16BlockRows, kStepTerms = 256;
   static constexpr bool kTiledGradient = true;
+  static constexpr int64_t kAskParts = 4;
 
   static int64_t strip_size(int64_t rows) { return round_to(rows, kUnit) * kStrip; }
   static int64_t panel_size() { return kStepTerms * kPanel; }
@@ -65,15 +66,15 @@ struct Bf16Engine {
   }
 
   static HK_INLINE void multiply(int64_t rows, const BFloat16* panel, const BFloat16* strip, int64_t terms, float* c,
-                                 int64_t c_stride, Update update) {
+                                 int64_t c_stride, Update update, const BFloat16* ahead) {
     const TileGrid grid{c, c_stride, 16 * c_stride, 16};
     const bf16* a = reinterpret_cast<const bf16*>(panel);
     const bf16* b = reinterpret_cast<const bf16*>(strip);
     const int steps = static_cast<int>((terms + 31) / 32);
     if (rows > 16)
-      accumulate<2, 2>(grid, update == Update::kStore, a, 32, kTile, 2 * kTile, b, kTile, 2 * kTile, steps);
+      accumulate<2, 2>(grid, update == Update::kStore, a, 32, kTile, 2 * kTile, b, kTile, 2 * kTile, steps, ahead);
     else
-      accumulate<1, 2>(grid, update == Update::kStore, a, 32, kTile, 2 * kTile, b, kTile, 2 * kTile, steps);
+      accumulate<1, 2>(grid, update == Update::kStore, a, 32, kTile, 2 * kTile, b, kTile, 2 * kTile, steps, ahead);
   }
 
  private:

@@ -117,6 +117,9 @@ class Mix {
                      Update update) const {
     constexpr int64_t R = Engine::kPanel;
     for (int64_t strip = 0; strip < n_strips; ++strip, x += strip_size()) {
+      // The strips of a head are too many for the second-level cache: the first products ask for the next one.
+      const E* follows = strip + 1 < n_strips ? x + strip_size() + g.first * Engine::kStrip : nullptr;
+      const NextStrip<Engine> next(follows, g.terms);
       for (int64_t p = 0; p < g.rows; p += R) {
         const int64_t n = min_of(R, g.rows - p);
         int64_t begin = g.first, end = g.first + g.terms;
@@ -124,7 +127,8 @@ class Mix {
         if (g.own && !transposed_) end = min_of(end, g.row + p + n);
         if (begin >= end) continue;
         Engine::multiply(n, panels + p / R * Engine::panel_size() + (begin - g.first) * R, x + begin * Engine::kStrip,
-                         end - begin, c + p * c_stride + strip * Engine::kStrip, c_stride, update);
+                         end - begin, c + p * c_stride + strip * Engine::kStrip, c_stride, update,
+                         next.part(p / R));
         if (ahead) ahead->ask();
       }
     }

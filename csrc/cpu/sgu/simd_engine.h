@@ -16,6 +16,7 @@ struct SimdEngine {
   static constexpr int64_t kBlockRows = 192;  // a multiple of every kPanel
   static constexpr int64_t kStepTerms = 1024 / sizeof(F) < kBlockRows ? kBlockRows : 1024 / sizeof(F);
   static constexpr bool kTiledGradient = false;
+  static constexpr int64_t kAskParts = 0;  // it gained nothing
   struct Session {
     Session() {}
   };
@@ -60,7 +61,7 @@ struct SimdEngine {
   }
 
   static HK_INLINE void multiply(int64_t rows, const F* panel, const F* strip, int64_t terms, F* c, int64_t c_stride,
-                                 Update update) {
+                                 Update update, const F*) {
     HK_ISA::multiply<F, true>(static_cast<int>(rows), kVectors,
                               {panel, kPanel, strip, kStrip, terms, {c, c_stride, update}, nothing_to_ask(strip)});
   }

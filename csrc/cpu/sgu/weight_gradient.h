@@ -89,11 +89,13 @@ class WeightGradient {
         if (!own && !before) continue;
         const int64_t token_strip = own && s_.look_back ? strip - half_ : strip;
         const E* y = (own ? gate : before) + token_strip * gate_strip_size() + first * S;
+        const bool goes_on = i + 1 < g.strips && !(s_.look_back && strip + 1 == half_);  // in the same bucket
+        const NextStrip<Engine> next(goes_on ? y + gate_strip_size() : nullptr, count);
         // Rows before the strip's first token see nothing of it.
         const int64_t unseen = own ? max_of(token_strip * S - g.row, 0) / Engine::kPanel : 0;
         for (int64_t p = unseen * Engine::kPanel; p < rows; p += Engine::kPanel) {
           Engine::multiply(min_of(Engine::kPanel, rows - p), a + p / Engine::kPanel * a_size, y, count,
-                           c + p * c_stride + i * S, c_stride, Update::kAdd);
+                           c + p * c_stride + i * S, c_stride, Update::kAdd, next.part(p / Engine::kPanel - unseen));
           if (ahead) ahead->ask();
         }
       }

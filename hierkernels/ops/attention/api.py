@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
-from hierkernels.arguments import autocast
+from hierkernels.arguments import autocast, check_flag
 from hierkernels.key_range import KeyRange
 from hierkernels.ops.attention import reference
 from hierkernels.ops.attention import schema as schema  # registers the operators
@@ -148,7 +148,7 @@ def make_call(
     if key_range is not None:
         key_range = key_range.canonical()
     else:  # these are canonical
-        if is_causal:
+        if check_flag("is_causal", is_causal):
             right = 0
         key_range = (
             KeyRange.full(Nq, Nk)
@@ -280,6 +280,7 @@ def attention(
         attn_mask=attn_mask, key_padding_mask=key_padding_mask, dropout_p=dropout_p,
         dropout_seed=dropout_seed, softcap=softcap, scale=scale,
     )  # fmt: skip
+    check_flag("return_lse", return_lse)
     out, lse = run(call, backend)
     return (out, lse) if return_lse else out
 
@@ -288,4 +289,5 @@ def problem(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False, **options: Any
 ) -> AttentionCall:
     """The canonical form of a call, as hk.attention makes it."""
+    check_flag("return_lse", return_lse)
     return make_call(*autocast(q, k, v), **options)

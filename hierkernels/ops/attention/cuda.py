@@ -6,8 +6,8 @@ import torch
 
 from hierkernels.cuda_core import core, device_reasons, on_device_of, stream_of
 from hierkernels.ops.attention.call import AttentionCall
+from hierkernels.refusals import GPU_DTYPES, channel_reasons, dtype_reasons
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 256
 MAX_LENGTH = 2**31 - 2**16  # rows and keys are 32-bit integers, up to a tile beyond the last
 _MIN_TILE = 16  # rows or keys; there are at most 2**31 - 1 blocks
@@ -16,11 +16,8 @@ _MIN_TILE = 16  # rows or keys; there are at most 2**31 - 1 blocks
 def supports(call: AttentionCall) -> list[str]:
     """Why the CUDA kernels cannot compute this call; empty if they can."""
     reasons = device_reasons("q", call.q)
-    if call.q.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16")
-    for name, t in (("q", call.q), ("v", call.v)):
-        if t.shape[-1] > MAX_DIM:
-            reasons.append(f"{name} has {t.shape[-1]} channels, at most {MAX_DIM} are supported")
+    reasons += dtype_reasons(call.q.dtype, GPU_DTYPES)
+    reasons += channel_reasons(MAX_DIM, (("q", call.q), ("v", call.v)))
     B, _, Nq, _ = call.q.shape
     _, Hkv, Nk, _ = call.k.shape
     for n, name in ((Nq * call.group, "queries of a key/value head"), (Nk, "keys")):

@@ -7,10 +7,10 @@ import triton
 
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.attention.triton_launch import plan_backward, plan_forward
+from hierkernels.refusals import GPU_DTYPES, channel_reasons, dtype_reasons
 from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.key_range import range_arguments
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 256
 # Whether the kernels are interpreted is settled when their modules are imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -19,11 +19,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def supports(call: AttentionCall) -> list[str]:
     """Why the Triton kernels cannot compute this call; empty if they can."""
     reasons = device_reasons("q", call.q, INTERPRETED)
-    if call.q.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16")
-    for name, t in (("q", call.q), ("v", call.v)):
-        if t.shape[-1] > MAX_DIM:
-            reasons.append(f"{name} has {t.shape[-1]} channels, at most {MAX_DIM} are supported")
+    reasons += dtype_reasons(call.q.dtype, GPU_DTYPES)
+    reasons += channel_reasons(MAX_DIM, (("q", call.q), ("v", call.v)))
     Nq, Nk = call.q.shape[2], call.k.shape[2]
     rows = Nq * max(call.group, 1)
     if max(rows, Nk) >= 2**31 - 2**16 or range_arguments(call.key_range, Nq, Nk) is None:

@@ -6,22 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from hierkernels.native import native, native_error
+from hierkernels.native import native
 from hierkernels.ops.causal_sgu.call import ACTIVATIONS, SguCall, new_like
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from hierkernels.refusals import cpu_reasons
 
 
 def supports(call: SguCall) -> list[str]:
     """Why the CPU kernels cannot compute this call; empty if they can."""
-    reasons = []
-    if call.device_type != "cpu":
-        reasons.append(f"gate is on a {call.device_type} device, the cpu backend needs CPU tensors")
-    if native() is None:
-        reasons.append(f"the compiled kernels are missing: {native_error()}")
-    if call.gate.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.gate.dtype} is not one of float32, bfloat16, float16, float64")
-    return reasons
+    return cpu_reasons("gate", call.gate)
 
 
 def _problem(call: SguCall) -> tuple:

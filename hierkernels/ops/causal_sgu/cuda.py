@@ -8,8 +8,8 @@ import torch
 
 from hierkernels.cuda_core import core, device_reasons, on_device_of, stream_of
 from hierkernels.ops.causal_sgu.call import ACTIVATIONS, SguCall, fold_bias, new_like
+from hierkernels.refusals import GPU_DTYPES, dtype_reasons
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_LENGTH = 2**31 - 2**16  # kernels count in 32 bits, up to a tile beyond the last
 _MIN_TILE = 64  # rows or columns; there are at most 2**31 - 1 blocks
 
@@ -17,8 +17,7 @@ _MIN_TILE = 64  # rows or columns; there are at most 2**31 - 1 blocks
 def supports(call: SguCall) -> list[str]:
     """Why the CUDA kernels cannot compute this call; empty if they can."""
     reasons = device_reasons("gate", call.gate)
-    if call.gate.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.gate.dtype} is not one of float32, bfloat16, float16")
+    reasons += dtype_reasons(call.gate.dtype, GPU_DTYPES)
     B, N, C = call.gate.shape
     H, rows, columns = call.weight.shape
     lengths = ((N, "tokens"), (B * C // H, "columns (batch x channels of a head)"))

@@ -9,10 +9,10 @@ import triton
 
 from hierkernels.ops.causal_sgu import triton_launch as plans
 from hierkernels.ops.causal_sgu.call import SguCall, fold_bias, new_like
+from hierkernels.refusals import GPU_DTYPES, dtype_reasons
 from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.launch import Launch
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whether the kernels are interpreted is settled when their modules are imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -20,8 +20,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def supports(call: SguCall) -> list[str]:
     """Why the Triton kernels cannot compute this call; empty if they can."""
     reasons = device_reasons("gate", call.gate, INTERPRETED)
-    if call.gate.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.gate.dtype} is not one of float32, bfloat16, float16")
+    reasons += dtype_reasons(call.gate.dtype, GPU_DTYPES)
     if max(*call.gate.shape, 2 * call.weight.shape[1], call.gate.numel() // 16) >= 2**31:
         reasons.append("sizes beyond 32 bits")
     return reasons

@@ -111,6 +111,7 @@ def compressed_attention(
         q, k_cmp, v_cmp, stride=stride, first_end=first_end, num_memory=num_memory, strict=strict,
         is_causal=is_causal, query_offset=query_offset, scale=scale,
     )  # fmt: skip
+    check_flag("return_lse", return_lse)
     out, lse = run(call, backend)
     return (out, lse) if return_lse else out
 
@@ -124,4 +125,5 @@ def problem(
     **options: Any,
 ) -> AttentionCall:
     """The canonical form of a call, as hk.compressed_attention hands it to attention's backends."""
+    check_flag("return_lse", return_lse)
     return make_call(*autocast(q, k_cmp, v_cmp), **options).attention

@@ -44,7 +44,7 @@ def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     """The launches of a case, named by its form: forward, then backward."""
     x = torch.empty(4096, case.channels, dtype=getattr(torch, case.dtype), device=device)
     call = make_call(x, case.name)
-    outputs, target = call.new_outputs(), target
+    outputs = call.new_outputs()
     return [plan_forward(call, target, *outputs), plan_backward(call, target, *outputs, x)]
 
 

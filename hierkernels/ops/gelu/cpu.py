@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from hierkernels.native import native, native_error
+from hierkernels.native import native
 from hierkernels.ops.gelu.call import FORMS, GeluCall
+from hierkernels.refusals import cpu_reasons
 
 
 def supports(call: GeluCall) -> list[str]:
     """Why the CPU kernels cannot compute this call; empty if they can."""
-    reasons = []
-    if call.device_type != "cpu":
-        reasons.append(f"x is on a {call.device_type} device, the cpu backend needs CPU tensors")
-    if native() is None:
-        reasons.append(f"the compiled kernels are missing: {native_error()}")
-    return reasons
+    return cpu_reasons("x", call.x)
 
 
 def _second(call: GeluCall, second: torch.Tensor) -> torch.Tensor | None:

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 from hierkernels.ops.gelu.call import GeluCall
+from hierkernels.refusals import GPU_DTYPES, dtype_reasons
 from hierkernels.triton_common.activation import activate, slope
 from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.launch import Launch, Target
 from hierkernels.triton_common.tiles import cdiv, rounded
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whether the kernels are interpreted is settled when this module is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _BLOCK = 1024  # elements of a result, 8 a thread
@@ -27,7 +27,8 @@ def _places(total, C, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     source = at
     if SPLIT:  # x has twice the channels
         source += at // C * C
-    return at, source, at < total
+    # A multiple of C, as the compiler is to know: it masks, and so loads, 16 bytes at once.
+    return at, source, at < total // C * C
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -108,8 +109,7 @@ def plan_backward(
 def supports(call: GeluCall) -> list[str]:
     """Why the Triton kernels cannot compute this call; empty if they can."""
     reasons = device_reasons("x", call.x, INTERPRETED)
-    if call.x.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.x.dtype} is not one of float32, bfloat16, float16")
+    reasons += dtype_reasons(call.x.dtype, GPU_DTYPES)
     return reasons
 
 

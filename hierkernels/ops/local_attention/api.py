@@ -155,6 +155,7 @@ def local_attention(
         zero_lookback=zero_lookback, key_padding_mask=key_padding_mask, attn_bias=attn_bias,
         dropout_p=dropout_p, dropout_seed=dropout_seed, scale=scale,
     )  # fmt: skip
+    check_flag("return_lse", return_lse)
     out, lse = run(call, backend)
     return (out, lse) if return_lse else out
 
@@ -169,5 +170,6 @@ def problem(
     **options: Any,
 ) -> AttentionCall:
     """The canonical form of a call, as hk.local_attention hands it to the backends of attention."""
+    check_flag("return_lse", return_lse)
     q, k, v = autocast(q, k, v)
     return make_call(q, k, v, window_size, **options).attention

@@ -39,6 +39,12 @@ def _check_like(name: str, t: torch.Tensor, like_name: str, like: torch.Tensor) 
         raise ValueError(
             f"{name} must have the shape of {like_name} {tuple(like.shape)}, got {tuple(t.shape)}"
         )
+    if t.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of {like_name} ({like.dtype}), got {t.dtype}")
+    if t.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of {like_name} ({like.device}), got {t.device}"
+        )
     return t
 
 

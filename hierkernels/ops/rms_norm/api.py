@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
+from hierkernels.arguments import check_flag, check_int
 from hierkernels.ops.rms_norm import reference
 from hierkernels.ops.rms_norm import schema as schema  # registers the operators
 from hierkernels.ops.rms_norm.call import HALVES, NormCall
@@ -43,15 +44,11 @@ def _check_tensors(x: Any, **parameters: Any) -> None:
         raise TypeError(f"weight and bias must have the same dtype, got {dtypes}")
 
 
-def _check_options(eps: Any, shift: Any) -> None:
+def _check_eps(eps: Any) -> None:
     if isinstance(eps, bool) or not isinstance(eps, float | int):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not (eps > 0 and math.isfinite(eps)):
         raise ValueError(f"eps must be above 0 and finite, got {eps}")
-    if isinstance(shift, bool) or not isinstance(shift, int | torch.SymInt):
-        raise TypeError(f"shift must be an int, got {type(shift).__name__}")
-    if shift < 0:
-        raise ValueError(f"shift must be 0 or more, got {shift}")
 
 
 def _output_dtype(x: torch.Tensor, weight: torch.Tensor, dtype: Any) -> torch.dtype:
@@ -64,7 +61,7 @@ def _output_dtype(x: torch.Tensor, weight: torch.Tensor, dtype: Any) -> torch.dt
         allowed = (torch.float32, *HALVES)
     if dtype not in allowed:
         names = ", ".join(map(str, allowed))
-        raise TypeError(f"dtype must be one of {names} or None where x is {x.dtype}, got {dtype}")
+        raise TypeError(f"dtype must be one of {names} or None where x is {x.dtype}, got {dtype!r}")
     return dtype
 
 
@@ -80,9 +77,9 @@ def make_call(
 ) -> NormCall:
     """Checks the arguments of a norm and returns them in canonical form."""
     _check_tensors(x, weight=weight, **({} if bias is None else {"bias": bias}))
-    _check_options(eps, shift)
-    if not isinstance(eps_is_added, bool):
-        raise TypeError(f"eps_is_added must be a bool, got {type(eps_is_added).__name__}")
+    _check_eps(eps)
+    check_flag("eps_is_added", eps_is_added)
+    check_int("shift", shift, 0, 2**62)
     to = _output_dtype(x, weight, dtype)
     N, C = x.shape[-2:]
     rows = x.reshape(math.prod(x.shape[:-2]), N, C).contiguous()
@@ -92,7 +89,7 @@ def make_call(
 
 def run(call: NormCall, backend: str | None) -> torch.Tensor:
     """out (B, N, C) of a call, on the backend that is asked for."""
-    name = dispatch.requested_backend(backend, without=("cuda",))
+    name = dispatch.requested_backend(backend, dispatch.NO_KERNELS["rms_norm"])
     if name == "reference":  # plain PyTorch operations: differentiable any number of times
         return reference.norm(call)
     return schema.norm(call, name)

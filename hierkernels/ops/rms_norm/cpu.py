@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from hierkernels.native import native, native_error
+from hierkernels.native import native
 from hierkernels.ops.rms_norm.call import NormCall
+from hierkernels.refusals import cpu_reasons
 
 # The gradients of weight and bias are summed in so many parts of the rows, whatever the number of
 # threads: their bits do not depend on that.
@@ -16,12 +17,7 @@ _PARTS = 64
 
 def supports(call: NormCall) -> list[str]:
     """Why the CPU kernels cannot compute this call; empty if they can."""
-    reasons = []
-    if call.device_type != "cpu":
-        reasons.append(f"x is on a {call.device_type} device, the cpu backend needs CPU tensors")
-    if native() is None:
-        reasons.append(f"the compiled kernels are missing: {native_error()}")
-    return reasons
+    return cpu_reasons("x", call.x)
 
 
 def _problem(call: NormCall, inverse: torch.Tensor, mean: torch.Tensor) -> tuple:

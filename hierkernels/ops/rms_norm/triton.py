@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from hierkernels.ops.rms_norm.call import NormCall
+from hierkernels.refusals import GPU_DTYPES, dtype_reasons
 from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.launch import Launch, Target
 from hierkernels.triton_common.tiles import cdiv, power_of_2, rounded
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whether the kernels are interpreted is settled when this module is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ELEMENTS = 2048  # of a tile, of which a program holds up to four: 16 a thread, with 4 warps
@@ -162,8 +162,7 @@ def plan_backward(
 def supports(call: NormCall) -> list[str]:
     """Why the Triton kernels cannot compute this call; empty if they can."""
     reasons = device_reasons("x", call.x, INTERPRETED)
-    if call.x.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.x.dtype} is not one of float32, bfloat16, float16")
+    reasons += dtype_reasons(call.x.dtype, GPU_DTYPES)
     if call.x.shape[2] > _MAX_CHANNELS:
         reasons.append(f"{call.x.shape[2]} channels, at most {_MAX_CHANNELS} fit a tile")
     # The last program of the backward may count rows that are not there, a share of 1 / _PARTS.

@@ -44,7 +44,7 @@ def make_call(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> RotaryCa
 
 def run(call: RotaryCall, backend: str | None) -> torch.Tensor:
     """out of a call, on the backend that is asked for."""
-    name = dispatch.requested_backend(backend, without=("cuda",))
+    name = dispatch.requested_backend(backend, dispatch.NO_KERNELS["rotary"])
     return reference.forward(call) if name == "reference" else schema.rotary(call, name)
 
 

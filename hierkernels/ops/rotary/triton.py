@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 
 from hierkernels.ops.rotary.call import RotaryCall
+from hierkernels.refusals import GPU_DTYPES, dtype_reasons
 from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.launch import Launch, Target
 from hierkernels.triton_common.tiles import cdiv, power_of_2, rounded
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whether the kernels are interpreted is settled when this module is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ELEMENTS = 2048  # of a tile, of which a program holds six: 16 a thread, with 4 warps
@@ -60,8 +60,7 @@ def plan(call: RotaryCall, target: Target, out: torch.Tensor) -> Launch:
 def supports(call: RotaryCall) -> list[str]:
     """Why the Triton kernel cannot compute this call; empty if it can."""
     reasons = device_reasons("x", call.x, INTERPRETED)
-    if call.x.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.x.dtype} is not one of float32, bfloat16, float16")
+    reasons += dtype_reasons(call.x.dtype, GPU_DTYPES)
     if max(call.x.shape[1] * call.x.shape[2], call.x.numel() // 2) >= 2**31:
         reasons.append("sizes beyond 32 bits")
     return reasons

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from hierkernels.native import native, native_error
+from hierkernels.native import native
 from hierkernels.ops.select_blocks.call import SelectCall
 from hierkernels.ops.select_blocks.means import mean_keys
+from hierkernels.refusals import cpu_reasons
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_LENGTH = 2**31 - 2**16  # positions are 32-bit integers
 
 
 def supports(call: SelectCall) -> list[str]:
     """Why the CPU kernels cannot compute this call; empty if they can."""
-    reasons = []
-    if not call.q.is_cpu:
-        reasons.append(f"q is on a {call.device_type} device, the cpu backend needs CPU tensors")
-    if native() is None:
-        reasons.append(f"the compiled kernels are missing: {native_error()}")
-    if call.q.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16, float64")
+    reasons = cpu_reasons("q", call.q)
     if call.q.shape[2] + call.query_offset > MAX_LENGTH:
         reasons.append(f"positions beyond {MAX_LENGTH}")
     return reasons

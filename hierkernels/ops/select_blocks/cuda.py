@@ -7,8 +7,8 @@ import torch
 from hierkernels.cuda_core import core, device_reasons, on_device_of, stream_of
 from hierkernels.ops.select_blocks.call import SelectCall
 from hierkernels.ops.select_blocks.means import mean_keys, mean_queries
+from hierkernels.refusals import GPU_DTYPES, channel_reasons, dtype_reasons
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 256
 MAX_SELECTED = 1024  # the lists of a block of threads fit shared memory
 _TILE = 32  # blocks that are ranked at a time
@@ -17,10 +17,8 @@ _TILE = 32  # blocks that are ranked at a time
 def supports(call: SelectCall) -> list[str]:
     """Why the CUDA kernel cannot compute this call; empty if it can."""
     reasons = device_reasons("q", call.q)
-    if call.q.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16")
-    if call.q.shape[-1] > MAX_DIM:
-        reasons.append(f"q has {call.q.shape[-1]} channels, at most {MAX_DIM} are supported")
+    reasons += dtype_reasons(call.q.dtype, GPU_DTYPES)
+    reasons += channel_reasons(MAX_DIM, (("q", call.q),))
     if min(call.num_selected, call.num_blocks) > MAX_SELECTED:
         reasons.append(f"more than {MAX_SELECTED} blocks are chosen")
     last = call.q.shape[2] + call.query_offset + call.block_size

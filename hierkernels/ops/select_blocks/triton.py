@@ -7,9 +7,9 @@ import triton
 
 from hierkernels.ops.select_blocks.call import SelectCall
 from hierkernels.ops.select_blocks.triton_launch import plan, ranges
+from hierkernels.refusals import GPU_DTYPES, channel_reasons, dtype_reasons
 from hierkernels.triton_common.device import device_reasons, target_of
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 256
 MAX_SELECTED = 1024
 # Whether the kernels are interpreted is settled when their modules are imported.
@@ -19,10 +19,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def supports(call: SelectCall) -> list[str]:
     """Why the Triton kernels cannot compute this call; empty if they can."""
     reasons = device_reasons("q", call.q, INTERPRETED)
-    if call.q.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16")
-    if call.q.shape[-1] > MAX_DIM:
-        reasons.append(f"q has {call.q.shape[-1]} channels, at most {MAX_DIM} are supported")
+    reasons += dtype_reasons(call.q.dtype, GPU_DTYPES)
+    reasons += channel_reasons(MAX_DIM, (("q", call.q),))
     if min(call.num_selected, call.num_blocks) > MAX_SELECTED:
         reasons.append(f"more than {MAX_SELECTED} blocks are chosen")
     last = call.q.shape[2] + call.query_offset + call.block_size

@@ -7,28 +7,12 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
-from hierkernels.arguments import autocast
+from hierkernels.arguments import autocast, check_flag, check_int
 from hierkernels.eager import is_unwatched
 from hierkernels.ops.attention import api as attention
 from hierkernels.ops.selected_attention import reference
 from hierkernels.ops.selected_attention import schema as schema  # registers the operators
 from hierkernels.ops.selected_attention.call import SelectedCall
-
-_LARGEST_BLOCK = 2**30  # products with a block's number then fit 64 bits
-
-
-def _check_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def _check_block_size(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"block_size must be an int, got {type(value).__name__}")
-    if not 1 <= value <= _LARGEST_BLOCK:
-        raise ValueError(f"block_size must be at least 1 and at most {_LARGEST_BLOCK}, got {value}")
-    return value  # type: ignore[return-value]  # a SymInt is as good
 
 
 def _check_indices(indices: Any, q: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -89,9 +73,9 @@ def make_call(
         block_weights = _check_weights(block_weights, indices)
     return SelectedCall(
         dense.q, dense.k, dense.v, indices, block_weights,
-        _check_block_size(block_size),
-        _check_flag("include_own_block", include_own_block),
-        _check_flag("is_causal", is_causal),
+        check_int("block_size", block_size, 1),
+        check_flag("include_own_block", include_own_block),
+        check_flag("is_causal", is_causal),
         dense.scale,
     )  # fmt: skip
 
@@ -165,12 +149,13 @@ def selected_attention(
     Source: Yuan et al., "Native Sparse Attention" (2025), 3.3.2.
     """
     if check_indices is not None:
-        _check_flag("check_indices", check_indices)
+        check_flag("check_indices", check_indices)
     q, k, v = autocast(q, k, v)
     call = make_call(
         q, k, v, block_indices, block_size=block_size, block_weights=block_weights,
         include_own_block=include_own_block, is_causal=is_causal, scale=scale,
     )  # fmt: skip
+    check_flag("return_lse", return_lse)
     out, lse = run(call, backend, check_indices)
     return (out, lse) if return_lse else out
 
@@ -186,5 +171,6 @@ def problem(
     **options: Any,
 ) -> SelectedCall:
     """The canonical form of a call, as hk.selected_attention makes it."""
+    check_flag("return_lse", return_lse)
     q, k, v = autocast(q, k, v)
     return make_call(q, k, v, block_indices, **options)

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from hierkernels.native import native, native_error
+from hierkernels.native import native
 from hierkernels.ops.selected_attention.call import SelectedCall
+from hierkernels.refusals import cpu_reasons
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DIM = 512
 MAX_LENGTH = 2**31 - 2**16  # positions and blocks fit 32-bit integers
 
 
 def supports(call: SelectedCall) -> list[str]:
     """Why the CPU kernels cannot compute this call; empty if they can."""
-    reasons = []
-    if not call.q.is_cpu:
-        reasons.append(f"q is on a {call.device_type} device, the cpu backend needs CPU tensors")
-    if native() is None:
-        reasons.append(f"the compiled kernels are missing: {native_error()}")
-    elif not hasattr(native(), "selected_forward"):
-        reasons.append(
-            "the compiled core is older than this package; build it with: "
-            "python setup.py build_ext --inplace"
-        )
-    if call.q.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16, float64")
+    reasons = cpu_reasons("q", call.q)
     (_, _, Nq, D), (_, _, Nk, Dv) = call.q.shape, call.v.shape
     if D > MAX_DIM or Dv > MAX_DIM:
         reasons.append(f"head channels above {MAX_DIM}")

@@ -7,8 +7,8 @@ import torch
 from hierkernels.cuda_core import core, device_reasons, on_device_of, stream_of
 from hierkernels.ops.selected_attention.call import SelectedCall
 from hierkernels.ops.selected_attention.work_items import work_items
+from hierkernels.refusals import GPU_DTYPES, channel_reasons, dtype_reasons
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 256
 LEAST_ROWS = 256  # (query, head) pairs that are worth an item of work of the backward by keys
 _SET = 16  # queries that may be computed together
@@ -18,11 +18,8 @@ _LEAST_TILE = 16  # keys
 def supports(call: SelectedCall) -> list[str]:
     """Why the CUDA kernels cannot compute this call; empty if they can."""
     reasons = device_reasons("q", call.q)
-    if call.q.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16")
-    for name, t in (("q", call.q), ("v", call.v)):
-        if t.shape[-1] > MAX_DIM:
-            reasons.append(f"{name} has {t.shape[-1]} channels, at most {MAX_DIM} are supported")
+    reasons += dtype_reasons(call.q.dtype, GPU_DTYPES)
+    reasons += channel_reasons(MAX_DIM, (("q", call.q), ("v", call.v)))
     Nk = call.k.shape[2]
     visited = call.columns * min(call.block_size, max(Nk, 1)) * _SET
     lists = call.indices.shape[:3].numel() * max(call.columns, 1)

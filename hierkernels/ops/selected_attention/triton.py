@@ -7,10 +7,10 @@ import triton
 
 from hierkernels.ops.selected_attention import triton_launch as plans
 from hierkernels.ops.selected_attention.call import SelectedCall
+from hierkernels.refusals import GPU_DTYPES, channel_reasons, dtype_reasons
 from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.launch import Launch
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 256
 MAX_GROUP = 128
 # Whether the kernels are interpreted is settled when their modules are imported.
@@ -20,11 +20,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def supports(call: SelectedCall) -> list[str]:
     """Why the Triton kernels cannot compute this call; empty if they can."""
     reasons = device_reasons("q", call.q, INTERPRETED)
-    if call.q.dtype not in _DTYPES:
-        reasons.append(f"dtype {call.q.dtype} is not one of float32, bfloat16, float16")
-    for name, t in (("q", call.q), ("v", call.v)):
-        if t.shape[-1] > MAX_DIM:
-            reasons.append(f"{name} has {t.shape[-1]} channels, at most {MAX_DIM} are supported")
+    reasons += dtype_reasons(call.q.dtype, GPU_DTYPES)
+    reasons += channel_reasons(MAX_DIM, (("q", call.q), ("v", call.v)))
     B, heads, Nq, _ = call.indices.shape
     if heads and call.q.shape[1] // heads > MAX_GROUP:
         reasons.append(f"more than {MAX_GROUP} query heads share a choice of blocks")
