@@ -102,7 +102,7 @@ class NextInputs {
     ++part_;
   }
 
-  Part parts_[kMost];
+  Part parts_[kMost] = {};
   int n_parts_ = 0, part_ = 0;
   int64_t head_ = 0, column_ = 0, row_ = 0;
 };
