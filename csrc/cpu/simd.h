@@ -7,6 +7,8 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include <type_traits>
 #if defined(__x86_64__)
 // g++ 12 takes the undefined operands of its own AVX-512 intrinsics for mistakes.
 #pragma GCC diagnostic push

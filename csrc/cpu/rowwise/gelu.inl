@@ -37,12 +37,12 @@ struct Gelu {
 
   static HK_INLINE V value(V x) {
     V y, slope;
-    gelu(x, y, slope);
+    gelu<T>(x, y, slope);
     return y;
   }
   static HK_INLINE V slope(V x) {
     V y, slope;
-    gelu(x, y, slope);
+    gelu<T>(x, y, slope);
     return slope;
   }
 
@@ -94,7 +94,7 @@ struct Gelu {
           const int64_t at = row * C + c;
           const V grad = take(first + row * half + c, n);
           V y, inclination;
-          gelu(take(x + at + half, n), y, inclination);
+          gelu<T>(take(x + at + half, n), y, inclination);
           put(dx + at, grad * y, n);
           put(dx + at + half, grad * take(x + at, n) * inclination, n);
         });

@@ -10,9 +10,7 @@ constexpr int kSMRegisters = 64 * 1024;
 
 // What a shape's threads have at the launch: as many registers as there are for one block, a multiple of 8.
 template <class S>
-constexpr int launch_registers() {
-  return kSMRegisters / S::kThreads / 8 * 8;
-}
+constexpr int kLaunchRegisters = kSMRegisters / S::kThreads / 8 * 8;
 
 // The first warpgroup, of whose threads `producers` produce, gives registers to the others, which consume. What is given
 // and taken is a multiple of 8 and no more than a multiprocessor has: else the taking would wait for ever.
@@ -20,7 +18,7 @@ template <class S, class Initialise, class Produce, class Consume>
 __device__ __forceinline__ void take_roles(int producers, Initialise initialise, Produce produce, Consume consume) {
   constexpr int kGiven = S::kProducerRegisters, kTaken = S::kConsumerRegisters;
   static_assert(kGiven % 8 == 0 && kTaken % 8 == 0 && kGiven >= 24 && kTaken <= 256);
-  static_assert(kGiven <= launch_registers<S>() && kTaken >= launch_registers<S>());
+  static_assert(kGiven <= kLaunchRegisters<S> && kTaken >= kLaunchRegisters<S>);
   static_assert(kWarpgroup * (kGiven + S::kGroups * kTaken) <= kSMRegisters);
   static_assert(S::kThreads == kWarpgroup * (1 + S::kGroups));
   if (threadIdx.x == 0) {
