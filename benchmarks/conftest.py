@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s"
     )
-    group.addoption("--seconds", type=float, default=0.5, help="timing budget of a group")
+    group.addoption("--seconds", type=float, default=0.35, help="timing budget of a group")
     group.addoption(
         "--save-result",
         action="store_true",
