@@ -7,28 +7,20 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from rowwise_levels import CORE, accuracy_params
 
 import hierkernels as hk
-from hierkernels.native import kernels_of, native, native_error
+from hierkernels.native import native_error
 from hierkernels.ops.gelu.call import FORMS
 from hierkernels.ops.gelu.spec import ALL_DTYPES, CORRECTNESS, Case
 from hierkernels.ops.gelu.testing import check_accuracy, compute, make_inputs
-from hierkernels.testing import case_ids, poisoned_memory, threads
+from hierkernels.testing import poisoned_memory, threads
 
-CORE = native()
-ISAS: list[str] = CORE.cpu_isas() if CORE else []
 needs_core = pytest.mark.skipif(CORE is None, reason=f"no compiled core: {native_error()}")
 F32, F64 = torch.float32, torch.float64
 
-_IDS = [
-    pytest.param(case, dtype, isa, id=f"gelu-{isa}-{name}")
-    for name, case, dtype in case_ids(CORRECTNESS, ALL_DTYPES)
-    for isa in ISAS
-    if isa == ISAS[-1] or kernels_of(isa, F32) != kernels_of(ISAS[-1], F32)
-]
 
-
-@pytest.mark.parametrize("case, dtype, isa", _IDS)
+@pytest.mark.parametrize("case, dtype, isa", accuracy_params("gelu", CORRECTNESS, ALL_DTYPES))
 def test_accuracy(case: Case, dtype: torch.dtype, isa: str, set_isa: Callable[[str], None]) -> None:
     set_isa(isa)
     inputs = make_inputs(case, dtype)
