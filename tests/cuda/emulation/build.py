@@ -5,6 +5,7 @@ Test code, never a backend for users. Incremental: ninja, in build/cuda_emulatio
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -65,16 +67,30 @@ def _ninja_file(cxx: str, target: Path) -> str:
     return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", ""])
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Inside, no other process builds here: workers of pytest-xdist come at the same time."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with (BUILD / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @functools.cache
 def load() -> ModuleType:
     """The emulated core. Raises NoCompiler, or RuntimeError with the compiler's words."""
     target = BUILD / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text(_ninja_file(_compiler(), target))
     command = [sys.executable, "-m", "ninja", "-C", str(BUILD)]
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
-    built = subprocess.run(command, capture_output=True, text=True)
+    with _alone():
+        (BUILD / "build.ninja").write_text(_ninja_file(_compiler(), target))
+        built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode != 0:
         raise RuntimeError(f"the emulation does not compile:\n{built.stdout[-8000:]}")
     spec = importlib.util.spec_from_file_location(NAME, target)
