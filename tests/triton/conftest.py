@@ -9,6 +9,7 @@ debugger) they run in this process.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from typing import Any
 
+import compiled
 import pytest
 import torch
 
@@ -36,20 +38,20 @@ class _Interpreter:
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
         if markers := session.config.option.markexpr:
             command += ["-m", markers]
-        asked, self._ask = os.pipe()
-        self._answer, answered = os.pipe()
+        asked, ask = os.pipe()
+        answer, answered = os.pipe()
         environment = {**os.environ, "TRITON_INTERPRET": "1", _PIPES: f"{asked},{answered}"}
         for name in [name for name in environment if name.startswith("PYTEST_")]:
             del environment[name]  # of the worker that this process may be
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (close() closes all three)
         self._process = subprocess.Popen(
             [*command, *files], cwd=session.config.rootpath, env=environment, stdout=self._log,
             stderr=subprocess.STDOUT, pass_fds=(asked, answered),
         )  # fmt: skip
         os.close(asked)
         os.close(answered)
-        self._names = open(self._ask, "w")
-        self._results = open(self._answer)
+        self._names = open(ask, "w")  # noqa: SIM115
+        self._results = open(answer)  # noqa: SIM115
 
     def run(self, node: str) -> tuple[str, str]:
         """(outcome, message) of a test."""
@@ -65,10 +67,8 @@ class _Interpreter:
         return "failed", f"the interpreting process ended:\n{self._log.read()[-4000:]}"
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._names.close()  # the process then ends
-        except BrokenPipeError:
-            pass
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -153,3 +153,15 @@ if _INTERPRETED and importlib.util.find_spec("triton"):
 def one_thread() -> None:
     """The interpreter is one thread, and the workers share the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> compiled.Reports:
+    """The quick set of every operator, compiled for every architecture."""
+    return compiled.reports(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def full(tmp_path_factory: pytest.TempPathFactory) -> compiled.Reports:
+    """Every case of every operator."""
+    return compiled.reports(tmp_path_factory, "--full")

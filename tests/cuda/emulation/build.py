@@ -5,7 +5,6 @@ Test code, never a backend for users. Incremental: ninja, in build/cuda_emulatio
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -13,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+
+from process_lock import process_lock
 
 from hierkernels.native import DTYPES
 
@@ -67,19 +67,6 @@ def _ninja_file(cxx: str, target: Path) -> str:
     return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", ""])
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Inside, no other process builds here: workers of pytest-xdist come at the same time."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with (BUILD / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 @functools.cache
 def load() -> ModuleType:
     """The emulated core. Raises NoCompiler, or RuntimeError with the compiler's words."""
@@ -88,7 +75,7 @@ def load() -> ModuleType:
     command = [sys.executable, "-m", "ninja", "-C", str(BUILD)]
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
-    with _alone():
+    with process_lock(BUILD / "lock"):
         (BUILD / "build.ninja").write_text(_ninja_file(_compiler(), target))
         built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode != 0:
