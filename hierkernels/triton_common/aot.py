@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from hierkernels.triton_common.device import SHARED_MEMORY, device_family
+from hierkernels.triton_common.device import MULTIPROCESSORS, SHARED_MEMORY, device_family
 from hierkernels.triton_common.launch import OPTIONS, Launch, Target
 from hierkernels.triton_common.resources import (
     BOUNDED,
@@ -94,7 +94,8 @@ def family_of(arch: int) -> str:
 
 def target_for(case: AnyCase, family: str) -> Target:
     """What a case is planned for on devices of a family."""
-    return Target(family, "ieee" if case.dtype == "float32" else "tf32")
+    precision = "ieee" if case.dtype == "float32" else "tf32"
+    return Target(family, precision, multiprocessors=MULTIPROCESSORS[family])
 
 
 def new_tensor(device: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
