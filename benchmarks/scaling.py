@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def keep_freed_memory() -> None:
 
 def measure(
     suite: Suite, sweep: Sweep, dtype: torch.dtype, direction: str, device: str,
-    lengths: range, rounds: int,
+    lengths: range, seconds: float,
 ) -> Series:  # fmt: skip
     """One series of the device's best backend."""
     row = BACKEND_ROWS[device][0]
@@ -98,16 +99,20 @@ def measure(
         if n in lengths and dtype in case.dtypes:
             inputs = suite.inputs(case, dtype, device)
             runs[n] = bind(next(iter(suite.candidates(row, inputs, direction))), direction)
-    samples = in_turns(clock.make_clock(device), runs, rounds)
+    samples = in_turns(clock.make_clock(device), runs, seconds)
     return Series(suite.name, sweep.name, dtype_name(dtype), direction, row, samples)
 
 
-def in_turns(ticks: clock.Clock, runs: dict[int, clock.Run], rounds: int) -> dict[int, list[float]]:
-    """As many samples of each length, after one call that does not count."""
+def in_turns(
+    ticks: clock.Clock, runs: dict[int, clock.Run], seconds: float
+) -> dict[int, list[float]]:
+    """As many samples of each length, for so long, after a few calls that do not count."""
     loops = {n: clock.loops_for(clock.quickest(ticks, run)) for n, run in runs.items()}
     samples: dict[int, list[float]] = {n: [] for n in runs}
     gc.disable()
-    for _ in range(rounds):
+    start, rounds = time.perf_counter(), 0
+    while rounds < clock.MIN_ROUNDS or time.perf_counter() - start < seconds:
+        rounds += 1
         for n, run in runs.items():
             samples[n].append(ticks.sample(run, loops[n]))
     gc.enable()
@@ -125,7 +130,7 @@ def series(options: argparse.Namespace) -> Iterator[Series]:
                     wanted = options.dtype in (None, dtype_name(dtype))
                     if wanted and options.direction in (None, direction):
                         yield measure(
-                            suite, sweep, dtype, direction, options.device, lengths, options.rounds
+                            suite, sweep, dtype, direction, options.device, lengths, options.seconds
                         )
                         gc.collect()
 
@@ -139,7 +144,7 @@ def main() -> None:
     parser.add_argument("--direction", choices=("forward", "backward"))
     parser.add_argument("--shortest", type=int, default=1, help="least N")
     parser.add_argument("--longest", type=int, default=2**17, help="largest N")
-    parser.add_argument("--rounds", type=int, default=15, help="samples of each length")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each series")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write or extend this file")
     options = parser.parse_args()
