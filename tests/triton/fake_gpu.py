@@ -109,7 +109,11 @@ def install(patch: pytest.MonkeyPatch, **properties: Any) -> FakeGPU:
     def properties_of(_index: Any) -> SimpleNamespace:
         major, minor = gpu.capability
         return SimpleNamespace(
-            name=gpu.name, major=major, minor=minor, shared_memory_per_block_optin=gpu.shared
+            name=gpu.name,
+            major=major,
+            minor=minor,
+            shared_memory_per_block_optin=gpu.shared,
+            multi_processor_count=132,
         )
 
     patch.setattr(driver, "_active", gpu)
