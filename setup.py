@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,13 @@ def core_stamp() -> str:
 
 
 def quote(value: object) -> str:
+    """A path among ninja's; it quotes them for the shell itself."""
     return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def argument(value: object) -> str:
+    """A word of a command, in the text of a rule."""
+    return shlex.quote(str(value)).replace("$", "$$")
 
 
 def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, target: Path) -> str:
@@ -106,7 +113,8 @@ def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, ta
 
     # The interpreter's and pybind11's headers are not ours to warn about.
     includes = [
-        f"-isystem {quote(p)}" for p in (sysconfig.get_paths()["include"], pybind11.get_include())
+        f"-isystem {argument(p)}"
+        for p in (sysconfig.get_paths()["include"], pybind11.get_include())
     ]
     defines = ["-DHIERKERNELS_CUDA"] if nvcc else []
     # Kernels know neither: their objects serve a wheel built in isolation, or without CUDA, too.
@@ -115,16 +123,16 @@ def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, ta
     compiled = "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
     lines = [
         "ninja_required_version = 1.5",
-        f"rule cxx\n  command = {cxx} -MMD -MF $out.d {cxx_flags} $flags {compiled}"
+        f"rule cxx\n  command = {argument(cxx)} -MMD -MF $out.d {cxx_flags} $flags {compiled}"
         "  description = C++ $in",
-        f"rule link\n  command = {cxx} -shared -fopenmp $in -o $out $libs\n"
+        f"rule link\n  command = {argument(cxx)} -shared -fopenmp $in -o $out $libs\n"
         "  description = link $out",
     ]
     if nvcc:
         nvcc_flags = " ".join(NVCC_FLAGS)
         lines.append(
             # What ptxas says of registers and spills goes to a file, for csrc/cuda/report.py.
-            f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {nvcc_flags} $archs -c $in "
+            f"rule nvcc\n  command = {argument(nvcc)} -MD -MF $out.d {nvcc_flags} $archs -c $in "
             "-o $out > $out.ptxas 2>&1 || (cat $out.ptxas && false)\n"
             "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in"
         )
@@ -151,7 +159,7 @@ def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, ta
         objects.append(quote(obj))
     lines.append(f"build {quote(target)}: link {' '.join(objects)}")
     if nvcc:
-        lines.append(f"  libs = -L{quote(runtime)} -lcudart_static -lrt -lpthread -ldl")
+        lines.append(f"  libs = -L{argument(runtime)} -lcudart_static -lrt -lpthread -ldl")
     return "\n".join([*lines, f"default {quote(target)}", ""])
 
 
