@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from hierkernels import key_parts
 from hierkernels.key_range import KeyRange
 from hierkernels.ops.attention import triton_configs
 from hierkernels.ops.attention.spec import Case, dtype_name
@@ -21,7 +22,7 @@ from hierkernels.ops.selected_attention import spec as selected_spec
 from hierkernels.ops.selected_attention import testing as selected_testing
 from hierkernels.ops.selected_attention import triton_launch as selected_launch
 from hierkernels.testing import Inputs, check_accuracy, compute, make_inputs, poisoned_memory
-from hierkernels.triton_common import device, parts
+from hierkernels.triton_common import device
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -78,7 +79,10 @@ CASES = (
 
 @pytest.fixture(autouse=True)
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small cases have parts, too."""
     monkeypatch.setitem(device.MULTIPROCESSORS, "interpreter", 6)
+    for name, least in (("LEAST_KEYS", 16), ("KEYS_OF_ROW", 0), ("FEWEST", 2)):
+        monkeypatch.setattr(key_parts, name, least)
     monkeypatch.setattr(triton_configs, "SHORT_ROWS", ())
 
 
@@ -134,18 +138,6 @@ def test_a_cache_with_room() -> None:
     views = replace(inputs, k=k[:, :, :70], v=v[:, :, :70])
     assert _parts(views) > 1
     check_accuracy(inputs, compute(views, "triton", gradients=False))
-
-
-def test_how_many_parts() -> None:
-    """Enough programs for the device, as long as a part is worth one."""
-    h100 = device.Target("sm_90", "tf32", "", 132)
-    for programs, rows, keys, expected in (
-        (1, 1, 511, 1), (1, 1, 512, 4), (8, 8, 8192, 33), (8, 8, 65536, 33), (64, 8, 8192, 4),
-        (67, 8, 8192, 1), (512, 8, 65536, 1), (1, 128, 8192, 4), (1, 128, 8191, 1),
-        (1, 1, 10**6, 128), (1, 1, 0, 1),
-    ):  # fmt: skip
-        assert parts.count_parts(h100, programs, rows, keys) == expected, (programs, rows, keys)
-    assert parts.count_parts(device.Target("sm_90", "tf32"), 1, 1, 10**6) == 1
 
 
 def _selected(name: str, N: int = 1, S: int = 16, n: int = 6, **options) -> selected_spec.Case:
