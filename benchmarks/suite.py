@@ -119,21 +119,26 @@ class OpProblem(Problem):
         return {name: error.largest for name, error in self.standard.check(parts).items()}
 
     def bind(self, candidate: Candidate, direction: str) -> Callable[[], Sequence[torch.Tensor]]:
-        if direction == "forward":
+        return bind(candidate, direction)
 
-            def forward() -> Sequence[torch.Tensor]:
-                with torch.no_grad():
-                    return (candidate.function(candidate.inputs),)
 
-            return forward
-        inputs = candidate.inputs.requires_grad()
-        out = candidate.function(inputs)
-        wanted = list(inputs.differentiable().values())
+def bind(candidate: Candidate, direction: str) -> Callable[[], Sequence[torch.Tensor]]:
+    """The call of a differentiable op that is timed: forward, or backward on a graph of its own."""
+    if direction == "forward":
 
-        def backward() -> Sequence[torch.Tensor]:
-            return torch.autograd.grad(out, wanted, inputs.dout, retain_graph=True)
+        def forward() -> Sequence[torch.Tensor]:
+            with torch.no_grad():
+                return (candidate.function(candidate.inputs),)
 
-        return backward
+        return forward
+    inputs = candidate.inputs.requires_grad()
+    out = candidate.function(inputs)
+    wanted = list(inputs.differentiable().values())
+
+    def backward() -> Sequence[torch.Tensor]:
+        return torch.autograd.grad(out, wanted, inputs.dout, retain_graph=True)
+
+    return backward
 
 
 def differentiate(inputs: Inputs, out: torch.Tensor) -> dict[str, torch.Tensor]:

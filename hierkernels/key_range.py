@@ -44,6 +44,11 @@ class Staircase(NamedTuple):
         steps = (i + self.shift).div(self.step, rounding_mode="floor")
         return (steps * self.rise + self.offset).clamp(min=self.floor).clamp(min=0, max=n_keys)
 
+    def at_query(self, i: int, n_keys: int) -> int:
+        """The bound at one query position."""
+        steps = (i + self.shift) // self.step
+        return min(max(steps * self.rise + self.offset, self.floor, 0), n_keys)
+
 
 _START = Staircase()  # the first key, for every query
 

@@ -15,22 +15,25 @@ SHARED_MEMORY = {
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
 }
+# Multiprocessors of a family's largest common device, where the device is not asked.
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "interpreter": 1}
 
 
 @functools.cache
-def _device(index: int) -> tuple[str, tuple[int, int], int]:
-    """(name, capability, bytes of shared memory for a program) of a GPU; they never change."""
+def _device(index: int) -> tuple[str, tuple[int, int], int, int]:
+    """(name, capability, bytes of shared memory for a program, multiprocessors) of a GPU."""
     found = torch.cuda.get_device_properties(index)
     capability = found.major, found.minor
     default = SHARED_MEMORY[device_family(capability)]
-    return found.name, capability, getattr(found, "shared_memory_per_block_optin", default)
+    shared = getattr(found, "shared_memory_per_block_optin", default)
+    return found.name, capability, shared, found.multi_processor_count
 
 
 @functools.cache
 def _gpu_reasons(index: int) -> tuple[str, ...]:
     if torch.version.hip is not None:
         return ("this PyTorch is for AMD devices, the configurations are not",)
-    name, capability, shared = _device(index)
+    name, capability, shared, _ = _device(index)
     if capability < (8, 0):
         major, minor = capability
         return (f"{name} has the compute capability {major}.{minor}, below 8.0",)
@@ -74,13 +77,13 @@ def device_family(capability: tuple[int, int] | None, shared: int | None = None)
 
 @functools.cache
 def _gpu_target(index: int, precision: str) -> Target:
-    name, capability, shared = _device(index)
-    return Target(device_family(capability, shared), precision, name)
+    name, capability, shared, multiprocessors = _device(index)
+    return Target(device_family(capability, shared), precision, name, multiprocessors)
 
 
 def target_of(t: torch.Tensor, interpreted: bool) -> Target:
     """What kernels that run where t is are planned for."""
     if interpreted:
-        return Target(device_family(None), "emulated")
+        return Target("interpreter", "emulated", "", MULTIPROCESSORS["interpreter"])
     exact = t.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return _gpu_target(t.device.index, "ieee" if exact else "tf32")

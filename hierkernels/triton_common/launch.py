@@ -25,6 +25,7 @@ class Target:
     family: str  # device.device_family
     precision: str  # "ieee" or "tf32" (matters for float32), "emulated" in the interpreter
     device: str = ""  # the name of the device, which may have a table of its own
+    multiprocessors: int = 0  # of the device; 0 where none matters
 
 
 # ---- what was compiled for earlier launches ----

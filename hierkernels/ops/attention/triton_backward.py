@@ -144,8 +144,9 @@ def _attention_backward_dq_kernel(
     lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
     hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
     m0, batch, head, number, slot = program_slot(
-        n_stats, n_heads, n_queries, n_keys, n_items, items_of_slot, BLOCK_M, PACK, SEVERAL
-    )
+        tl.program_id(0), n_stats, n_heads, n_queries, n_keys, n_items, items_of_slot, BLOCK_M,
+        PACK, SEVERAL,
+    )  # fmt: skip
     b = batch.to(tl.int64)
     h = head.to(tl.int64)
     q_ptr += b * stride_q[0] + h * stride_q[1]

@@ -1,4 +1,7 @@
-"""The forward kernel: attention over any key range, one program for each tile of query rows."""
+"""The forward kernel: attention over any key range, one program for each tile of query rows.
+
+Where there are few of them, several programs share the keys of a tile (triton_common/parts.py).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from hierkernels.ops.attention.triton_scores import (
     whole_vectors,
 )
 from hierkernels.triton_common.key_range import phase_span, phase_tile, within
+from hierkernels.triton_common.parts import program_part, share_of_spans, store_records
 from hierkernels.triton_common.philox import dropout_keep
 from hierkernels.triton_common.tiles import (
     LOWEST,
@@ -44,6 +48,7 @@ def _attention_forward_kernel(
     seed_ptr,
     out_ptr,
     lse_ptr,
+    parts_ptr,
     stride_q,
     stride_k,
     stride_v,
@@ -60,6 +65,8 @@ def _attention_forward_kernel(
     n_keys,
     n_items,
     items_of_slot,
+    n_parts,
+    n_records,
     lo_shift,
     lo_rise,
     lo_offset,
@@ -88,17 +95,23 @@ def _attention_forward_kernel(
     NATURAL: tl.constexpr,
     LOOP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PARTS: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out and lse (natural logarithm) of one tile of rows; DESCRIPTORS: not with SEVERAL."""
+    """out and lse (natural logarithm) of one tile of rows; DESCRIPTORS: not with SEVERAL.
+
+    PARTS: the records of one of n_parts parts of the keys instead.
+    """
     if EVEN:
         n_keys = whole_vectors(n_keys)
     lo_stairs = (lo_shift, LO_STEP, lo_rise, lo_offset, lo_floor)
     hi_stairs = (hi_shift, HI_STEP, hi_rise, hi_offset, hi_floor)
+    program, part = program_part(n_parts, PARTS)
     m0, batch, head, _number, slot = program_slot(
-        n_queries * PACK, n_heads, n_queries, n_keys, n_items, items_of_slot, BLOCK_M, PACK, SEVERAL
-    )
+        program, n_queries * PACK, n_heads, n_queries, n_keys, n_items, items_of_slot, BLOCK_M,
+        PACK, SEVERAL,
+    )  # fmt: skip
     b = batch.to(tl.int64)
     h = head.to(tl.int64)
     q_ptr += b * stride_q[0] + h * stride_q[1]
@@ -120,9 +133,10 @@ def _attention_forward_kernel(
     row = row_places(rows, slot, PACK, SEVERAL)
     lo = row_bound(rows, lo_stairs, slot, PACK, SEVERAL)
     hi = row_bound(rows, hi_stairs, slot, PACK, SEVERAL)
-    begin, mid_begin, mid_end, end = column_spans(
-        m0, slot, lo_stairs, hi_stairs, BLOCK_M, BLOCK_N, PACK, SEVERAL
-    )
+    spans = column_spans(m0, slot, lo_stairs, hi_stairs, BLOCK_M, BLOCK_N, PACK, SEVERAL)
+    if PARTS:
+        spans = share_of_spans(spans, part, n_parts, BLOCK_N)
+    begin, mid_begin, mid_end, end = spans
     q_at = offsets(row, stride_q, PACK, SEVERAL)
     q = load_tile(q_ptr, q_at, is_row, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     if DESCRIPTORS:
@@ -174,10 +188,16 @@ def _attention_forward_kernel(
                 v = load_tile(v_ptr, v_at, is_key, DV, BLOCK_DV, LOOP != "split" or phase == 1)
             acc = dot(rounded(p, v.dtype, PRECISION), v, acc, PRECISION)
 
-    safe = tl.where(total == 0.0, 1.0, total)
-    out = acc * (dropout_scale / safe)[:, None]
-    out_at = offsets(row, stride_out, PACK, SEVERAL)
-    store_tile(out_ptr, out_at, is_row, out, DV, BLOCK_DV, PRECISION)
-    lse = natural_lse(top, total, NATURAL, PRECISION)
-    stride_lse = (n_heads * n_queries, n_queries, 1)
-    tl.store(lse_ptr + offsets(row, stride_lse, PACK, SEVERAL), lse, mask=is_row)
+    lse_at = offsets(row, (n_heads * n_queries, n_queries, 1), PACK, SEVERAL)
+    if PARTS:
+        lse_at += (b * n_heads + h) * n_queries
+        store_records(
+            parts_ptr, lse_at, is_row, part, n_parts, n_records, acc, top, total, DV, BLOCK_DV
+        )
+    else:
+        safe = tl.where(total == 0.0, 1.0, total)
+        out = acc * (dropout_scale / safe)[:, None]
+        out_at = offsets(row, stride_out, PACK, SEVERAL)
+        store_tile(out_ptr, out_at, is_row, out, DV, BLOCK_DV, PRECISION)
+        lse = natural_lse(top, total, NATURAL, PRECISION)
+        tl.store(lse_ptr + lse_at, lse, mask=is_row)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hierkernels.key_parts import count_parts
 from hierkernels.ops.attention import triton_configs as configs
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.attention.triton_backward import (
@@ -21,6 +22,7 @@ from hierkernels.ops.attention.triton_forward import _attention_forward_kernel
 from hierkernels.triton_common.configs import Config
 from hierkernels.triton_common.key_range import range_arguments
 from hierkernels.triton_common.launch import Launch, Target
+from hierkernels.triton_common.parts import Records
 from hierkernels.triton_common.tiles import LOG2E, cdiv, padded, rows_stride
 
 # Programs that keep a large device busy; fixed, so that results do not depend on the device.
@@ -169,6 +171,19 @@ def _describable(call: AttentionCall, target: Target) -> bool:
     return all(n * size % 16 == 0 for n in numbers) and all(at % 16 == 0 for at in starts)
 
 
+def _parts(call: AttentionCall, target: Target, programs: int, block_m: int, pack: int) -> int:
+    """In how many parts the keys of these programs are cut."""
+    if is_short(call):
+        return 1
+    Nq, Nk = call.q.shape[2], call.k.shape[2]
+    lo, hi = call.key_range
+    rows = min(Nq * pack, block_m)
+    # The last tile sees most keys of all in causal patterns, as many as others in windows.
+    first = Nq - cdiv(rows, pack)
+    seen = hi.at_query(Nq - 1, Nk) - lo.at_query(first, Nk)
+    return count_parts(target.multiprocessors, programs, rows, max(seen, 0))
+
+
 def plan_forward(
     call: AttentionCall, target: Target, out: torch.Tensor, lse: torch.Tensor
 ) -> list[Launch]:
@@ -176,10 +191,15 @@ def plan_forward(
     pack = _pack(call)
     programs, config, rows = _row_tiles(call, target, "forward", pack)
     descriptors = config.descriptors and _describable(call, target)
-    return [Launch(_attention_forward_kernel, programs, {
-        **_every_kernel(call, target, pack), **rows, "out_ptr": out, "lse_ptr": lse,
+    parts = _parts(call, target, programs, config.block_m, pack)
+    records = Records.new(lse, parts, call.v.shape[3])
+    every = _every_kernel(call, target, pack)
+    forward = Launch(_attention_forward_kernel, programs * parts, {
+        **every, **rows, **records.arguments(), "out_ptr": out, "lse_ptr": lse,
         "stride_out": rows_stride(out), "DESCRIPTORS": descriptors,
-    })]  # fmt: skip
+    })  # fmt: skip
+    scale = every["dropout_scale"]
+    return [forward, *records.combine(target, out, lse, every["NATURAL"], scale)]
 
 
 # ---- backward ----

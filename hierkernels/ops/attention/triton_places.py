@@ -24,12 +24,14 @@ from hierkernels.triton_common.key_range import bound, key_spans
 # Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
 UNSPECIALIZED = [
     "dropout_threshold", "n_heads", "n_queries", "n_keys", "n_stats", "n_items", "items_of_slot",
+    "n_parts", "n_records",
     "lo_shift", "lo_rise", "lo_offset", "lo_floor", "hi_shift", "hi_rise", "hi_offset", "hi_floor",
 ]  # fmt: skip
 
 
 @triton.jit
 def program_slot(
+    program,
     tiled_rows,
     n_heads,
     n_queries,
@@ -42,19 +44,19 @@ def program_slot(
 ):
     """(first row, batch, head, number of the slot, slot) of a program that owns a tile of rows.
 
-    tiled_rows: rows of a slot that programs are for. Late rows go first: in causal patterns they
-    see most keys.
+    program: its number among those that own rows; tiled_rows: rows of a slot that programs are for.
+    Late rows go first: in causal patterns they see most keys.
     """
     if SEVERAL:
-        first = tl.program_id(0) * items_of_slot
+        first = program * items_of_slot
         items = tl.minimum(items_of_slot, n_items - first)
         slot = (first, items * n_queries * PACK, items * n_keys, n_heads, n_queries, n_keys)
         none = first * 0
-        return none, none, none, tl.program_id(0), slot
+        return none, none, none, program, slot
     else:
         tiles = tl.cdiv(tiled_rows, BLOCK_M)
-        number = tl.program_id(0) // tiles
-        m0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+        number = program // tiles
+        m0 = (tiles - 1 - program % tiles) * BLOCK_M
         slots = n_heads // PACK
         slot = (0, n_queries * PACK, n_keys, n_heads, n_queries, n_keys)
         return m0, number // slots, number % slots * PACK, number, slot
