@@ -61,8 +61,15 @@ CASES = (
     Case("short-float32", 64, dtype="float32", queries=9),
     Case("grouped", 128, kv_heads=1),
     Case("packed", 128, kv_heads=1, queries=32),
-    Case("decode", 128, kv_heads=1, queries=1),
+    # Keys in parts; the last of these has as many sequences that they need none.
+    Case("decode", 128, kv_heads=1, queries=1, quick=True),
+    Case("decode", 64, kv_heads=1, queries=1),
     Case("decode", 256, kv_heads=1, queries=1),
+    Case("decode-bias", 128, kv_heads=1, queries=1, options="bias"),
+    Case("decode-padding", 128, kv_heads=1, queries=1, options="padding softcap"),
+    Case("decode-float32", 128, dtype="float32", kv_heads=1, queries=1),
+    Case("speculative", 128, heads=32, kv_heads=4, batch=1, queries=8, keys=8192),
+    Case("decode-batch", 128, kv_heads=1, queries=1, batch=512),
     Case("cross", 64, queries=64),
     Case("cross", 128, queries=64),
     Case("cross", 256, queries=64),
@@ -181,4 +188,4 @@ def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("hierkernels.ops.attention.aot", __doc__))
+    sys.exit(main(["hierkernels.ops.attention.aot"], __doc__))

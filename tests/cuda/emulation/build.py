@@ -8,12 +8,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+
+from process_lock import process_lock
 
 from hierkernels.native import DTYPES
 
@@ -40,19 +43,29 @@ def _compiler() -> str:
     raise NoCompiler("no C++ compiler: set CXX or install g++")
 
 
+def _path(value: object) -> str:
+    """Among ninja's paths."""
+    return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _word(value: object) -> str:
+    """In the text of a command."""
+    return shlex.quote(str(value)).replace("$", "$$")
+
+
 def _ninja_file(cxx: str, target: Path) -> str:
     import pybind11
 
     includes = [
-        f"-isystem {sysconfig.get_paths()['include']}",
-        f"-isystem {pybind11.get_include()}",
+        *("-isystem", _word(sysconfig.get_paths()["include"])),
+        *("-isystem", _word(pybind11.get_include())),
     ]
-    flags = " ".join([*_FLAGS, f"-I{HERE}", f"-I{CSRC}", *includes])
+    flags = " ".join([*_FLAGS, _word(f"-I{HERE}"), _word(f"-I{CSRC}"), *includes])
     compiled = "-MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
     lines = [
-        f"rule cxx\n  command = {cxx} {flags} {compiled}",
-        f"rule kernel\n  command = {cxx} {' '.join(_KERNEL_FLAGS)} {flags} {compiled}",
-        f"rule link\n  command = {cxx} -shared $in -o $out",
+        f"rule cxx\n  command = {_word(cxx)} {flags} {compiled}",
+        f"rule kernel\n  command = {_word(cxx)} {' '.join(_KERNEL_FLAGS)} {flags} {compiled}",
+        f"rule link\n  command = {_word(cxx)} -shared $in -o $out",
     ]
     kernels = (CSRC / "cuda").rglob("*.cu")
     bindings = (CSRC / "bindings_tensor.cpp", CSRC / "cuda" / "bindings.cpp")
@@ -60,9 +73,10 @@ def _ninja_file(cxx: str, target: Path) -> str:
     objects = []
     for source in sorted(sources):
         obj = BUILD / source.relative_to(ROOT).with_suffix(".o")
-        lines.append(f"build {obj}: {'kernel' if source.suffix == '.cu' else 'cxx'} {source}")
-        objects.append(str(obj))
-    return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", ""])
+        rule = "kernel" if source.suffix == ".cu" else "cxx"
+        lines.append(f"build {_path(obj)}: {rule} {_path(source)}")
+        objects.append(_path(obj))
+    return "\n".join([*lines, f"build {_path(target)}: link {' '.join(objects)}", ""])
 
 
 @functools.cache
@@ -70,11 +84,12 @@ def load() -> ModuleType:
     """The emulated core. Raises NoCompiler, or RuntimeError with the compiler's words."""
     target = BUILD / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text(_ninja_file(_compiler(), target))
     command = [sys.executable, "-m", "ninja", "-C", str(BUILD)]
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
-    built = subprocess.run(command, capture_output=True, text=True)
+    with process_lock(BUILD / "lock"):
+        (BUILD / "build.ninja").write_text(_ninja_file(_compiler(), target))
+        built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode != 0:
         raise RuntimeError(f"the emulation does not compile:\n{built.stdout[-8000:]}")
     spec = importlib.util.spec_from_file_location(NAME, target)
