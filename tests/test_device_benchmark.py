@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ import hierkernels as hk
 from benchmarks.device import __main__ as command
 from benchmarks.device import cases
 from benchmarks.device.schedule import Budget, NoWorker, Process, Run, WorkerFailed
+from benchmarks.suites import attention as attention_suite
 
 BF16 = torch.bfloat16
 TINY = {entry.name: entry for entry in cases.tiny_entries()}
@@ -187,14 +189,28 @@ def test_a_worker_measures_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_dry_run_lists_all_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * len(cases.entries()) + 1
+    assert len(lines) == sum(len(entry.directions) for entry in cases.entries()) + 1
     assert "if time is left" not in "".join(lines)  # by the estimates, ten minutes are enough
     for n in (2048, 4096, 8192, 16384, 32768):
         for d in (64, 128):
             (line, _) = [text for text in lines if f"long-1x64x{n}x{d}-kv8" in text]
             assert "cuda triton cudnn flash" in line
+    decoding = [text for text in lines if "decoding-" in text]
+    assert len(decoding) == 6 and all(" forward " in text for text in decoding)
     assert command.main(["--dry-run", "--minutes", "1"]) == 0
     assert "if time is left" in capsys.readouterr().out
+
+
+def test_work_of_decoding() -> None:
+    """Each head meets all keys; of a window's cache, what it does not see is not read."""
+    (case,) = (e.case for e in cases.entries() if "decoding-16x8x65536x128" in e.name)
+    assert case.flops() == 4 * 16 * 8 * 65536 * 128
+    cache, ends = 2 * 2 * 16 * 65536 * 128, 16 * 8 * (2 * 2 * 128 + 4)
+    assert case.bytes(BF16) == cache + ends
+    window = replace(case, window=(511, None))
+    assert window.flops() == case.flops() / 128
+    assert window.bytes(BF16) == cache // 128 + ends
+    assert window.bytes(BF16, "backward") == cache // 128 + cache + ends + 16 * 8 * 2 * 2 * 128
 
 
 def test_no_such_entry(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,11 +252,30 @@ def test_rows_of_attention(
     problem = entry.suite.problem(entry.case, BF16, "cpu")
     for candidate in entry.suite.candidates(row, problem.inputs, "forward"):
         problem.check(candidate, "forward")
-        if row != "flex":  # which has no backward on the CPU
+        if row != "flex" and "backward" in entry.directions:  # flex has none on the CPU
             problem.check(candidate, "backward")
     if row in ("cudnn", "flash"):
         assert set(kernels) == {f"{row.upper()}_ATTENTION"}
-        assert len(kernels) == (6 if entry.case.Hq != entry.case.Hkv else 4)
+        candidates = 3 if entry.case.Hq != entry.case.Hkv else 2
+        assert len(kernels) == candidates * len(entry.directions)
+
+
+def test_decoding_is_judged_on_some_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one among them; a wrong result of one that is judged is found."""
+    (entry,) = (e for e in TINY.values() if "decoding" in e.name)
+    monkeypatch.setattr(attention_suite, "CHECK_SCORES", entry.case.Hq * entry.case.Nk * 2)
+    problem = entry.suite.problem(entry.case, BF16, "cpu")
+    assert problem.judged == slice(0, None, 2)
+    (candidate,) = entry.suite.candidates("reference", problem.inputs, "forward")
+    problem.check(candidate, "forward")
+
+    def wrong(inputs: Any) -> torch.Tensor:
+        out = candidate.function(inputs)
+        out[2, 1, 0, 5] += 0.1
+        return out
+
+    with pytest.raises(AssertionError):
+        problem.check(replace(candidate, function=wrong), "forward")
 
 
 def test_sdpa_is_called_with_the_causal_flag_and_groups(

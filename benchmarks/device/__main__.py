@@ -3,10 +3,10 @@
     python -m benchmarks.device [--minutes 10] [-k TEXT] [--output FILE]
     python -m benchmarks.device --dry-run         # without a GPU: what would be measured
 
-Attention against each kernel of F.scaled_dot_product_attention and flex_attention, the gating unit
-against masked einsum and a dense product, selected attention against fla-core, native sparse
-attention at 65536 tokens. Every row is checked against a float64 oracle before it is timed; times
-are medians, with the L2 cache flushed between samples. The result goes to
+Attention and decoding against each kernel of F.scaled_dot_product_attention and flex_attention,
+the gating unit against masked einsum and a dense product, selected attention against fla-core,
+native sparse attention at 65536 tokens. Every row is checked against a float64 oracle before it is
+timed; times are medians, with the L2 cache flushed between samples. The result goes to
 benchmarks/results/<device>-device.json, after each group anew. What there is no time for is left
 out, from the end of the list.
 """
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, table
-from benchmarks.device.cases import Entry, entries, tiny_entries
-from benchmarks.device.schedule import DIRECTIONS, Budget, NoWorker, Outcome, Process, Run
+from benchmarks.device.cases import BF16, Entry, entries, tiny_entries
+from benchmarks.device.schedule import Budget, NoWorker, Outcome, Process, Run
 from benchmarks.device.worker import add_roof_shares
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -49,17 +49,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def show_plan(chosen: Sequence[Entry], minutes: float) -> None:
-    """Each group with its rows and FLOPs, and whether the estimates leave time for it."""
+    """Each group with its rows, FLOPs and bytes, and whether the estimates leave time for it."""
     used = 0.0
     for entry in chosen:
         used += entry.seconds
         verdict = "" if used <= 60 * minutes else "  (if time is left)"
-        for direction in DIRECTIONS:
+        for direction in entry.directions:
             flops = entry.case.flops(direction) * 1e-12
-            print(
-                f"{entry.name:58s}{direction:9s}{flops:9.3f} TFLOP  {' '.join(entry.rows)}{verdict}"
-            )
-    print(f"{len(DIRECTIONS) * len(chosen)} groups, about {used:.0f} s of {60 * minutes:.0f} s")
+            moved = entry.case.bytes(BF16[0], direction) * 1e-9
+            work = f"{flops:9.3f} TFLOP{moved:9.3f} GB"
+            print(f"{entry.name:58s}{direction:9s}{work}  {' '.join(entry.rows)}{verdict}")
+    groups = sum(len(entry.directions) for entry in chosen)
+    print(f"{groups} groups, about {used:.0f} s of {60 * minutes:.0f} s")
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

@@ -28,7 +28,7 @@ CHECK_START = 7
 
 
 class DeviceAttention(attention.AttentionSuite):
-    """Causal, windowed and short attention against each kernel of SDPA and flex_attention."""
+    """Causal, windowed, short attention and decoding: kernels of SDPA, and flex_attention."""
 
     peers: ClassVar = {
         "cudnn": "F.scaled_dot_product_attention, cuDNN",
@@ -40,12 +40,22 @@ class DeviceAttention(attention.AttentionSuite):
     sweeps = ()
 
     def problem(self, case: AttentionCase, dtype: torch.dtype, device: str) -> OpProblem:
+        if case.Nq == 1:
+            return self._decoding(case, dtype, device)
         if case.B > attention.CHECK_SEQUENCES or case.Nq <= 2 * JUDGED_QUERIES:
             return super().problem(case, dtype, device)
         inputs = self.inputs(case, dtype, device)
         step = case.Nq // JUDGED_QUERIES | 1  # odd: the queries fall on every place of a tile
         standard = testing.make_standard(inputs.thin(CHECK_START, step))
         return OpProblem(inputs, standard, {"out": 2, "dq": 2}, slice(CHECK_START, None, step))
+
+    def _decoding(self, case: AttentionCase, dtype: torch.dtype, device: str) -> OpProblem:
+        """Judged on some sequences, the last one among them."""
+        inputs = self.inputs(case, dtype, device)
+        step = -(-case.B * case.Hq * case.Nk // attention.CHECK_SCORES)
+        some = slice((case.B - 1) % step, None, step)
+        standard = testing.make_standard(attention.some_sequences(inputs, some))
+        return OpProblem(inputs, standard, {"out": 0, "dq": 0, "dk": 0, "dv": 0}, some)
 
     def candidates(self, row: str, inputs: testing.Inputs, direction: str) -> Iterator[Candidate]:
         if row in ("cudnn", "flash"):
@@ -67,7 +77,7 @@ def _repeated(kernel: str) -> attention.Function:
     def attend(i: testing.Inputs) -> torch.Tensor:
         k, v = (t.repeat_interleave(i.case.Hq // i.case.Hkv, 1) for t in (i.k, i.v))
         return torch.nn.functional.scaled_dot_product_attention(
-            i.q, k, v, is_causal=i.case.is_causal, scale=i.case.scale
+            i.q, k, v, is_causal=i.case.visible < i.case.Nq * i.case.Nk, scale=i.case.scale
         )
 
     return attention.with_kernel(attend, kernel)
@@ -217,12 +227,13 @@ class DeviceNsa(Suite):
 
 @dataclass(frozen=True)
 class Entry:
-    """A case and its rows. Both directions share the inputs."""
+    """A case and its rows."""
 
     suite: Suite
     case: Any
     rows: tuple[str, ...]
-    seconds: float  # of both directions, roughly: drawing inputs, compiling, checking, timing
+    seconds: float  # of all directions, roughly: drawing inputs, compiling, checking, timing
+    directions: tuple[str, ...] = ("forward", "backward")
 
     @property
     def name(self) -> str:
@@ -248,6 +259,14 @@ def causal(N: int, D: int, heads: int = HEADS, kv_heads: int = KV_HEADS) -> Atte
     return _attention("long", f"1x{heads}x{N}x{D}-kv{kv_heads}", 1, heads, kv_heads, N, D)
 
 
+def _decoding(B: int, Nk: int, D: int = 128, group: int = 8) -> AttentionCase:
+    """One query of `group` heads for each sequence, against a cache of Nk keys of one head."""
+    name = f"decoding-{B}x{group}x{Nk}x{D}-kv1"
+    return AttentionCase(
+        name, B, group, 1, 1, Nk, D, D, is_causal=True, group="decoding", dtypes=BF16
+    )
+
+
 def _sgu(N: int, C: int) -> SguCase:
     return SguCase(f"global-4x{N}x{C}", 4, N, C, 4, mixed=True, dtypes=BF16, group="global")
 
@@ -270,6 +289,10 @@ def entries() -> list[Entry]:
     """All that is measured, the most important first: a shorter run leaves out the end."""
     forced, flex = (*OURS, "cudnn", "flash"), (*OURS, "cudnn", "flash", "flex")
     sgu = (*OURS, "eager", "dense")
+
+    def decoding(B: int, Nk: int, rows: tuple[str, ...], seconds: float) -> Entry:
+        return Entry(ATTENTION, _decoding(B, Nk), rows, seconds, ("forward",))
+
     short = _attention("short", "4096x16x17x64", 4096, 16, 16, 17, 64)
     window = _attention(
         "window", f"1x{HEADS}x16384x128-kv{KV_HEADS}-1024", 1, HEADS, KV_HEADS, 16384, 128,
@@ -282,11 +305,17 @@ def entries() -> list[Entry]:
         Entry(SGU, _sgu(2048, 1024), sgu, 20),
         Entry(SELECTED, _selected(32768), (*OURS, "fla"), 30),
         Entry(NSA, _nsa(65536), OURS, 60),
+        decoding(16, 65536, flex, 16),
+        decoding(1, 65536, flex, 12),
+        decoding(64, 8192, forced, 6),
+        decoding(1, 8192, forced, 5),
         Entry(ATTENTION, causal(8192, 128), flex, 45),
         Entry(ATTENTION, window, (*OURS, "flex"), 45),
         *(Entry(ATTENTION, causal(n, d), forced, 20) for n in (2048, 4096) for d in (128, 64)),
         Entry(ATTENTION, causal(16384, 64), forced, 20),
         Entry(SGU, _sgu(4096, 1024), sgu, 20),
+        decoding(16, 8192, forced, 5),
+        decoding(64, 65536, forced, 22),
         Entry(SELECTED, _selected(8192), (*OURS, "fla"), 25),
         Entry(ATTENTION, causal(32768, 128), forced, 40),
         Entry(ATTENTION, causal(32768, 64), forced, 30),
@@ -302,6 +331,7 @@ def tiny_entries() -> list[Entry]:
         Entry(ATTENTION, causal(160, 64, **sizes), flex, 1),
         Entry(ATTENTION, _attention("short", "3x2x17x64", 3, 2, 2, 17, 64), flex, 1),
         Entry(ATTENTION, window, (*OURS, "flex"), 1),
+        Entry(ATTENTION, _decoding(3, 200, 64, 2), flex, 1, ("forward",)),
         Entry(SGU, _sgu(24, 32), (*OURS, "eager", "dense"), 1),
         Entry(SELECTED, _selected(256, 4, 1), (*OURS, "fla"), 1),
         Entry(NSA, _nsa(192, 4, 1), OURS, 1),

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 from benchmarks.device.cases import Entry
 
 ROOT = Path(__file__).resolve().parents[2]
-DIRECTIONS = ("forward", "backward")
 START_S = 60.0  # a worker may take so long to start and to measure its roof
 GRACE, LEAST_S = 3.0, 30.0  # a group that takes so many times its estimate, and so long, is ended
 
@@ -151,8 +150,8 @@ class Run:
         """Every entry for which there is time; an entry too long may be followed by a short one."""
         try:
             for entry in entries:
-                for direction in DIRECTIONS:
-                    estimate = entry.seconds / len(DIRECTIONS)
+                for direction in entry.directions:
+                    estimate = entry.seconds / len(entry.directions)
                     if self.budget.allows(estimate):
                         self._measure(entry, direction, estimate)
                         self.save(self.outcome)

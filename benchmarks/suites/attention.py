@@ -107,7 +107,9 @@ class AttentionSuite(Suite):
         if case.B > CHECK_SEQUENCES and not case.dropout_p:  # whose mask has the sequence's index
             sequences = dict.fromkeys(("out", "dq", "dk", "dv", "dbias"), 0)
             some = slice(CHECK_START, None, SEQUENCE_STEP)
-            return OpProblem(inputs, testing.make_standard(_some(inputs, some)), sequences, some)
+            return OpProblem(
+                inputs, testing.make_standard(some_sequences(inputs, some)), sequences, some
+            )
         return OpProblem(inputs, testing.make_standard(inputs), {"out": 2})
 
     def candidates(self, row: str, inputs: Inputs, direction: str) -> Iterator[Candidate]:
@@ -125,7 +127,7 @@ class AttentionSuite(Suite):
             raise ValueError(f"unknown row {row!r}")
 
 
-def _some(inputs: Inputs, sequences: slice) -> Inputs:
+def some_sequences(inputs: Inputs, sequences: slice) -> Inputs:
     """The problem of some sequences; the others do not touch them."""
 
     def cut(t: torch.Tensor | None) -> torch.Tensor | None:

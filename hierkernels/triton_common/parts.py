@@ -1,12 +1,8 @@
-"""Few rows and many keys, as in decoding: the keys in parts, whose sums a second kernel adds up.
+"""Keys in parts (hierkernels/key_parts.py) in Triton: a program's share, its records, their sum.
 
-A program that owns rows would read all their keys alone while most multiprocessors have nothing to
-do. So each program takes a part of the keys and leaves a record for each row: float32 numbers
-sum_j p_j v_j, max_j s_j and sum_j p_j, p relative to that maximum. Records are added in the order
-of the parts, so results do not change from run to run. How many parts there are follows from shapes
-and from the device, never from data, and is no compile-time number: it may change with each token.
-
-Source: T. Dao, D. Haziza, F. Massa, G. Sizov, "Flash-Decoding for long-context inference", 2023.
+A record holds float32 numbers sum_j p_j v_j, max_j s_j and sum_j p_j of a row and a part of its
+keys, p relative to that maximum. Records are added in the order of the parts, so results do not
+change from run to run. The number of parts is none of compile time: it may change with each token.
 """
 
 from __future__ import annotations
@@ -31,15 +27,6 @@ from hierkernels.triton_common.tiles import (
 
 # Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
 UNSPECIALIZED = ["n_parts", "n_records"]
-# Programs that a multiprocessor holds at least: one alone does not ask for all that memory gives.
-_RESIDENT = 2
-# A record is written and read once, 8 Dv bytes. So many keys for each row, of 2 (D + Dv) bytes,
-# take eight times as many.
-_KEYS_OF_ROW = 16
-_LEAST_KEYS = 128  # that are worth a program
-_FEWEST = 4  # fewer parts gain no more than the launch of a second kernel takes
-_MOST = 128
-_INTERPRETED_KEYS, _INTERPRETED_FEWEST = 16, 2  # small tests have parts, too
 
 
 # ---- device ----
@@ -143,18 +130,6 @@ def _attention_combine_kernel(
 
 
 # ---- host ----
-
-
-def count_parts(target: Target, programs: int, rows: int, keys: int) -> int:
-    """In how many parts the keys of each of these programs are worth being cut, 1 for none.
-
-    rows: that a program owns, keys: that these see.
-    """
-    least, fewest = max(_LEAST_KEYS, _KEYS_OF_ROW * rows), _FEWEST
-    if target.family == "interpreter":
-        least, fewest = _INTERPRETED_KEYS, _INTERPRETED_FEWEST
-    parts = min(_RESIDENT * target.multiprocessors // programs, keys // least, _MOST)
-    return parts if parts >= fewest else 1
 
 
 @dataclass(frozen=True)

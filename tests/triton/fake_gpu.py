@@ -7,6 +7,7 @@ backend to the launch runs on a machine without a GPU.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -129,10 +130,13 @@ def install(patch: pytest.MonkeyPatch, **properties: Any) -> FakeGPU:
     return gpu
 
 
-def forget(kernels: Iterator[Any]) -> None:
-    """Drops what the kernels' caches hold: made for this driver, or for another one."""
-    for kernel in kernels:
-        kernel.device_caches.clear()
+def forget() -> None:
+    """Drops what our kernels' caches hold: made for this driver, or for another one."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("hierkernels."):
+            for kernel in vars(module).values():
+                if isinstance(kernel, JITFunction):
+                    kernel.device_caches.clear()
 
 
 class _WithoutGuards(TorchFunctionMode):

@@ -13,12 +13,16 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from hierkernels import key_parts
 from hierkernels.key_range import KeyRange
 from hierkernels.ops.attention import triton_configs
 from hierkernels.ops.attention.spec import Case, dtype_name
 from hierkernels.ops.attention.triton_launch import plan_forward
+from hierkernels.ops.selected_attention import spec as selected_spec
+from hierkernels.ops.selected_attention import testing as selected_testing
+from hierkernels.ops.selected_attention import triton_launch as selected_launch
 from hierkernels.testing import Inputs, check_accuracy, compute, make_inputs, poisoned_memory
-from hierkernels.triton_common import device, parts
+from hierkernels.triton_common import device
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -45,6 +49,8 @@ CASES = (
     (_case("window-within-a-tile", Nk=64, window=(31, 0)), F32, 2),
     (_case("bucketed", N=40, Nk=40, key_range=KeyRange.bucketed(40, 16, 1, 1, False)), F32, 2),
     (_case("compressed", N=90, Nk=60, key_range=KeyRange.compressed(10, 1, 3)), F32, 3),
+    # One query that stands late in the sequence, as where the compressed branch decodes.
+    (_case("compressed-one", key_range=KeyRange.compressed(-2399, 16, 3)), F32, 9),
     (_case("d24-dv40", D=24, Dv=40, is_causal=True), BF16, 9),
     (_case("d256", D=256, Nk=70, is_causal=True), BF16, 4),
     (_case("dv1", D=8, Dv=1, Nk=70), F32, 4),
@@ -75,7 +81,10 @@ CASES = (
 
 @pytest.fixture(autouse=True)
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small cases have parts, too."""
     monkeypatch.setitem(device.MULTIPROCESSORS, "interpreter", 6)
+    for name, least in (("LEAST_KEYS", 16), ("KEYS_OF_ROW", 0), ("FEWEST", 2)):
+        monkeypatch.setattr(key_parts, name, least)
     monkeypatch.setattr(triton_configs, "SHORT_ROWS", ())
 
 
@@ -112,6 +121,14 @@ def test_loop_forms(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_accuracy(inputs, compute(inputs, "triton"))
 
 
+def test_tensor_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(triton_configs.INTERPRETER["forward"], descriptors=True)
+    monkeypatch.setitem(triton_configs.INTERPRETER, "forward", config)
+    inputs = make_inputs(_case("descriptors", H=4, Nk=70, is_causal=True), F32)
+    assert _parts(inputs) > 1
+    check_accuracy(inputs, compute(inputs, "triton", gradients=False))
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 40])
 def test_any_number_of_parts(multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One record, more than a step of the second kernel takes, and parts without a key."""
@@ -133,16 +150,47 @@ def test_a_cache_with_room() -> None:
     check_accuracy(inputs, compute(views, "triton", gradients=False))
 
 
-def test_how_many_parts() -> None:
-    """Enough programs for the device, as long as a part is worth one."""
-    h100 = device.Target("sm_90", "tf32", "", 132)
-    for programs, rows, keys, expected in (
-        (1, 1, 511, 1), (1, 1, 512, 4), (8, 8, 8192, 33), (8, 8, 65536, 33), (64, 8, 8192, 4),
-        (67, 8, 8192, 1), (512, 8, 65536, 1), (1, 128, 8192, 4), (1, 128, 8191, 1),
-        (1, 1, 10**6, 128), (1, 1, 0, 1),
-    ):  # fmt: skip
-        assert parts.count_parts(h100, programs, rows, keys) == expected, (programs, rows, keys)
-    assert parts.count_parts(device.Target("sm_90", "tf32"), 1, 1, 10**6) == 1
+def _selected(name: str, N: int = 1, S: int = 16, n: int = 6, **options) -> selected_spec.Case:
+    H, Hkv = options.pop("H", 2), options.pop("Hkv", 1)
+    D, Nk = options.pop("D", 16), options.pop("Nk", 130)
+    return selected_spec.Case(
+        name, options.pop("B", 1), H, Hkv, N, Nk, D, options.pop("Dv", D), S, n, **options
+    )
+
+
+# Tiles have 32 keys: two blocks of 16, a part of one of 64.
+SELECTED = (
+    (_selected("gathered"), F32, 6),
+    (_selected("gathered-bf16", H=8, is_causal=False), BF16, 6),
+    (_selected("in-blocks", S=64, n=2, Nk=200), F16, 8),
+    (_selected("two-queries-batch2", 2, B=2), F32, 3),
+    (_selected("holes-own", 3, pattern="holes", own=True, lse_grad=True), F32, 4),
+    (_selected("none", pattern="none", lse_grad=True), F32, 6),
+    (_selected("all-weights", B=2, n=9, pattern="all", weights=True), F32, 6),
+    (_selected("per-head", H=3, Hkv=3, per_head=True, D=24, Dv=40), BF16, 4),
+    (_selected("scale-negative-bnhd", scale=-0.2, layout="bnhd"), BF16, 6),
+    (_selected("logits-x100", gain=100.0), F32, 6),
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "n_parts"),
+    [
+        pytest.param(*row, id=f"selected_attention-triton-{dtype_name(row[1])}-{row[0].name}")
+        for row in SELECTED
+    ],
+)
+def test_parts_of_selected_blocks(
+    case: selected_spec.Case, dtype: torch.dtype, n_parts: int
+) -> None:
+    inputs = selected_testing.make_inputs(case, dtype)
+    call = inputs.call()
+    target = device.target_of(call.q, True)
+    launch = selected_launch.plan_forward(call, target, *call.new_outputs())[1]
+    assert launch.arguments["n_parts"] == n_parts
+    with poisoned_memory():
+        results = compute(inputs, "triton")
+    selected_testing.check_accuracy(inputs, results)
 
 
 @pytest.mark.slow

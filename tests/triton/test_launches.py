@@ -45,17 +45,11 @@ if triton.knobs.runtime.interpret:
 BF16 = torch.bfloat16
 
 
-def _kernels() -> Iterator[Any]:
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("hierkernels."):
-            yield from (x for x in vars(module).values() if isinstance(x, triton.JITFunction))
-
-
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
-    forget(_kernels())
+    forget()
     yield install(monkeypatch)
-    forget(_kernels())
+    forget()
 
 
 def _empty(*shape: int, index: int = 0, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -86,8 +80,8 @@ def _sgu(N: int = 64, index: int = 0, window: int | None = None) -> None:
     sgu_backend.backward(call, z, out, (True,) * 5)
 
 
-def _norm(N: int = 64, index: int = 0, layer: bool = False) -> None:
-    x, weight = _empty(2, N, 512, index=index), _empty(512, index=index)
+def _norm(N: int = 64, index: int = 0, layer: bool = False, C: int = 512) -> None:
+    x, weight = _empty(2, N, C, index=index), _empty(C, index=index)
     call = NormCall(x, weight, weight if layer else None, 1e-6, False, 1, BF16)
     out, *saved = norm_backend.forward(call)
     norm_backend.backward(call, *saved, out, (True, True))
@@ -95,6 +89,10 @@ def _norm(N: int = 64, index: int = 0, layer: bool = False) -> None:
 
 def _layer_norm(N: int = 64, index: int = 0) -> None:
     _norm(N, index, layer=True)
+
+
+def _long_norm(N: int = 64, index: int = 0) -> None:
+    _norm(N, index, layer=True, C=10000)
 
 
 def _gelu(N: int = 64, index: int = 0) -> None:
@@ -120,6 +118,7 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "causal_sgu": _sgu,
     "gelu": _gelu,
     "layer_norm": _layer_norm,
+    "long_norm": _long_norm,
     "rms_norm": _norm,
     "rotary": _rotary,
     "gated_sum": _gated_sum,
@@ -179,7 +178,7 @@ LENGTHS = [*range(129, 165), 512, 1000, 1024, 4095]
 
 @pytest.mark.parametrize(("op", "most"), [
     ("attention", 1), ("causal_sgu", 2), ("gelu", 1), ("layer_norm", 1), ("rms_norm", 1),
-    ("rotary", 1), ("gated_sum", 3),
+    ("long_norm", 1), ("rotary", 1), ("gated_sum", 3),
 ])  # fmt: skip
 def test_lengths_are_no_compile_time_numbers(op: str, most: int, gpu: FakeGPU) -> None:
     lengths = [n for n in LENGTHS if op != "causal_sgu" or n <= 512]

@@ -59,6 +59,36 @@ def test_backward_follows_any_forward(monkeypatch: pytest.MonkeyPatch, bias: boo
         standard.check({"out": out, **dict(zip(names, grads, strict=True))})
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        norms.Case("long", 2, 5, 75, zeros=True),
+        norms.Case("long-shift", 2, 5, 64, shift=2, eps=0.5, added=True),
+        norms.Case("long-layer", 2, 5, 75, eps=1e-3, added=True, bias=True, far=True),
+        norms.Case("long-layer-shift", 3, 5, 33, shift=1, eps=1e-3, added=True, bias=True),
+    ],
+    ids=lambda case: case.name,
+)
+@pytest.mark.parametrize("dtype", (F32, *HALVES), ids=str)
+def test_long_rows(case: norms.Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in chunks of 16 channels, the last one cut."""
+    monkeypatch.setattr(norm_backend, "_MAX_TILE", 16)
+    monkeypatch.setattr(norm_backend, "_CHUNK", 16)
+    monkeypatch.setattr(norm_backend, "_ELEMENTS", 32)  # two rows a tile, as no real call has them
+    monkeypatch.setattr(norm_backend, "_PARTS", 2)
+    inputs = norm_testing.make_inputs(case, dtype)
+    with poisoned_memory():
+        results = norm_testing.compute(inputs, "triton")
+    norm_testing.check_accuracy(inputs, results)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["rms", "layer"])
+def test_rows_longer_than_a_tile(bias: bool) -> None:
+    case = norms.Case("longer", 1, 2, 8193, shift=1, eps=1e-5, added=True, bias=bias)
+    inputs = norm_testing.make_inputs(case, torch.bfloat16)
+    norm_testing.check_accuracy(inputs, norm_testing.compute(inputs, "triton"))
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = norm_testing.make_inputs(norms.Case("refused", 1, 5, 4), torch.float64)
     x = rotary_testing.make_inputs(rotations.Case("refused", 1, 1, 2, 4), torch.float64)
@@ -67,10 +97,9 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [text for text in backend.supports(call) if "float64 is not one of" in text]
         monkeypatch.setattr(backend, "INTERPRETED", False)
         assert [text for text in backend.supports(call) if "needs a GPU" in text]
-    wide = norm_testing.make_inputs(norms.Case("wide", 1, 1, 8193), F32)
-    assert [text for text in norm_backend.supports(wide.call()) if "at most 8192" in text]
-    for far in ({"x": torch.zeros(1, 1, 4), "shift": 2**31}, {"x": _without_memory(2**31, 1, 4)}):
-        found = norm_backend.supports(replace(wide.call(), **far))
+    far_shift, rows = {"x": torch.zeros(1, 1, 4), "shift": 2**31}, _without_memory(2**31, 1, 4)
+    for far in (far_shift, {"x": rows}, {"x": _without_memory(2**24, 16, 2**14)}):
+        found = norm_backend.supports(replace(norm.call(), **far))
         assert [text for text in found if "beyond 32 bits" in text]
 
 

@@ -71,6 +71,14 @@ class Case:
         """(query, key) pairs of one head in the key range; masks and padding do not lower it."""
         return self.visible_range.count_visible(self.Nq, self.Nk)
 
+    @property
+    def keys_seen(self) -> int:
+        """Keys from the first to the last that a query sees: of a long cache, those in a window."""
+        if not self.Nq:
+            return 0
+        lo, hi = self.visible_range.canonical()
+        return max(hi.at_query(self.Nq - 1, self.Nk) - lo.at_query(0, self.Nk), 0)
+
     def flops(self, direction: str = "forward") -> float:
         """Floating-point operations of the products: 2 visible (D + Dv) a head, backward x 2.5."""
         forward = 2.0 * self.B * self.Hq * self.visible * (self.D + self.Dv)
@@ -83,12 +91,12 @@ class Case:
         return b, h, q, k
 
     def bytes(self, dtype: torch.dtype, direction: str = "forward") -> int:
-        """Bytes of all inputs and outputs, each once.
+        """Bytes of all inputs and outputs, each once; of k and v the keys that some query sees.
 
         Forward: q, k, v, bias, mask, padding, out, lse. Backward: these, dout, dq, dk, dv, dbias.
         """
         lse_size = 8 if dtype == torch.float64 else 4
-        queries, keys = self.B * self.Hq * self.Nq, self.B * self.Hkv * self.Nk
+        queries, keys = self.B * self.Hq * self.Nq, self.B * self.Hkv * self.keys_seen
         qkv = queries * self.D + keys * (self.D + self.Dv)
         bias = _count(self.broadcast_shape(self.bias)) if self.bias else 0
         out = queries * self.Dv
@@ -96,7 +104,8 @@ class Case:
         flags += self.B * self.Nk if self.padding else 0
         elements = qkv + bias + out
         if direction == "backward":
-            elements += out + qkv + bias
+            unseen = self.B * self.Hkv * (self.Nk - self.keys_seen)  # whose gradients are zero
+            elements += out + qkv + bias + unseen * (self.D + self.Dv)
         return elements * dtype.itemsize + queries * lse_size + flags
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hierkernels.key_parts import count_parts
 from hierkernels.ops.attention import triton_configs as configs
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.ops.attention.triton_backward import (
@@ -21,7 +22,7 @@ from hierkernels.ops.attention.triton_forward import _attention_forward_kernel
 from hierkernels.triton_common.configs import Config
 from hierkernels.triton_common.key_range import range_arguments
 from hierkernels.triton_common.launch import Launch, Target
-from hierkernels.triton_common.parts import Records, count_parts
+from hierkernels.triton_common.parts import Records
 from hierkernels.triton_common.tiles import LOG2E, cdiv, padded, rows_stride
 
 # Programs that keep a large device busy; fixed, so that results do not depend on the device.
@@ -180,7 +181,7 @@ def _parts(call: AttentionCall, target: Target, programs: int, block_m: int, pac
     # The last tile sees most keys of all in causal patterns, as many as others in windows.
     first = Nq - cdiv(rows, pack)
     seen = hi.at_query(Nq - 1, Nk) - lo.at_query(first, Nk)
-    return count_parts(target, programs, rows, max(seen, 0))
+    return count_parts(target.multiprocessors, programs, rows, max(seen, 0))
 
 
 def plan_forward(

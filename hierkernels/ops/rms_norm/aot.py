@@ -38,6 +38,8 @@ CASES = (
     Case("layer-wide", 8192, "bfloat16", shift=0, bias=True),
     Case("narrow", 96, "float16", "float32"),
     Case("wide", 8192, "bfloat16"),
+    Case("long", 12288, "bfloat16", quick=True),
+    Case("layer-long", 16384, shift=0, bias=True),
 )
 
 
@@ -55,8 +57,8 @@ def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
     call = make_call(x, weight, bias=bias, shift=case.shift, dtype=to)
     out, inverse, mean = call.new_outputs()
     return [
-        plan_forward(call, target, out, inverse, mean),
-        plan_backward(call, target, inverse, mean, out, x)[0],
+        *plan_forward(call, target, out, inverse, mean),
+        *plan_backward(call, target, inverse, mean, out, x)[0],
     ]
 
 

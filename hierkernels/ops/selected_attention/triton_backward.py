@@ -87,7 +87,7 @@ def _selected_attention_backward_dq_kernel(
 
     dweights is contiguous, float32, and holds zeros.
     """
-    query = program_query(n_heads, n_queries, PACK)
+    query = program_query(tl.program_id(0), n_heads, n_queries, PACK)
     row, i, b, h = query
     k_ptr += b * stride_k[0] + h // GROUP * stride_k[1]
     v_ptr += b * stride_v[0] + h // GROUP * stride_v[1]

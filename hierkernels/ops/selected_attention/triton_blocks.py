@@ -16,6 +16,7 @@ from hierkernels.triton_common.tiles import dot, load_rows, store_rows
 # Numbers that vary from call to call: compiled once, not once for 1, multiples of 16 and others.
 UNSPECIALIZED = [
     "n_rows", "n_heads", "n_queries", "n_keys", "n_columns", "n_blocks", "first_position",
+    "n_parts", "n_records",
 ]  # fmt: skip
 
 
@@ -163,13 +164,16 @@ def block_scores(
 
 
 @triton.jit
-def program_query(n_heads, n_queries, PACK: tl.constexpr):
-    """(row of the lists, query, batch, first head) of a program; all but the query are int64."""
-    i = tl.program_id(0) % n_queries
-    pair = tl.program_id(0) // n_queries  # of batch and index head
+def program_query(program, n_heads, n_queries, PACK: tl.constexpr):
+    """(row of the lists, query, batch, first head) of a program; all but the query are int64.
+
+    program: its number among those that own rows.
+    """
+    i = program % n_queries
+    pair = program // n_queries  # of batch and index head
     b = (pair // (n_heads // PACK)).to(tl.int64)
     h = (pair % (n_heads // PACK) * PACK).to(tl.int64)
-    return tl.program_id(0).to(tl.int64), i, b, h
+    return program.to(tl.int64), i, b, h
 
 
 @triton.jit

@@ -3,6 +3,8 @@
 With an index head for every query head a tile has one row. The tensor instructions then compute 15
 rows of nothing, about 16 operations for each byte of keys, so the keys' way is still what takes
 the time; packing neighbouring queries would not shorten it, as each has blocks of its own.
+
+Where there are few programs, several share a query's list (triton_common/parts.py).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from hierkernels.ops.selected_attention.triton_blocks import (
     scored_tile,
     store_heads,
 )
+from hierkernels.triton_common.parts import program_part, share, store_records
 from hierkernels.triton_common.tiles import (
     LOWEST,
     dot,
@@ -39,6 +42,7 @@ def _selected_attention_forward_kernel(
     counts_ptr,
     out_ptr,
     lse_ptr,
+    parts_ptr,
     stride_q,
     stride_k,
     stride_v,
@@ -50,6 +54,8 @@ def _selected_attention_forward_kernel(
     n_keys,
     n_columns,
     first_position,
+    n_parts,
+    n_records,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -65,10 +71,15 @@ def _selected_attention_forward_kernel(
     GATHER: tl.constexpr,
     FUSED: tl.constexpr,
     NATURAL: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out and lse (natural logarithm) of one query and PACK heads; n_columns are a list's."""
-    query = program_query(n_heads, n_queries, PACK)
+    """out and lse (natural logarithm) of one query and PACK heads; n_columns are a list's.
+
+    PARTS: the records of one of n_parts parts of the list instead.
+    """
+    program, part = program_part(n_parts, PARTS)
+    query = program_query(program, n_heads, n_queries, PACK)
     _row, i, b, h = query
     k_ptr += b * stride_k[0] + h // GROUP * stride_k[1]
     v_ptr += b * stride_v[0] + h // GROUP * stride_v[1]
@@ -83,7 +94,10 @@ def _selected_attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for t in range(count_tiles(visible[1], BLOCK_SIZE, BLOCK_N, GATHER)):
+    begin, end = 0, count_tiles(visible[1], BLOCK_SIZE, BLOCK_N, GATHER)
+    if PARTS:
+        begin, end = share(begin, end, part, n_parts, 1)
+    for t in range(begin, end):
         _column, _weight, keys, _k, _dots, s = scored_tile(
             q, k_ptr, t, visible, stride_k, stride_weights[3], score_scale, n_keys, D, BLOCK_D,
             BLOCK_N, BLOCK_SIZE, OWN, WEIGHTED, FUSED, GATHER, PRECISION,
@@ -96,9 +110,14 @@ def _selected_attention_forward_kernel(
         v = load_rows(v_ptr, keys, n_keys, stride_v, 1, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
         acc = dot(rounded(p, v.dtype, PRECISION), v, acc * shrink[:, None], PRECISION)
 
-    safe = tl.where(total == 0.0, 1.0, total)
-    out = acc / safe[:, None]
-    store_heads(out_ptr, stride_out, query, out, PACK, BLOCK_M, DV, BLOCK_DV, PRECISION)
-    lse = natural_lse(top, total, NATURAL, PRECISION)
-    lse_ptr += (b * n_heads + h) * n_queries + i
-    tl.store(lse_ptr + heads.to(tl.int64) * n_queries, lse, mask=heads < PACK)
+    lse_at = (b * n_heads + h) * n_queries + i + heads.to(tl.int64) * n_queries
+    if PARTS:
+        store_records(
+            parts_ptr, lse_at, heads < PACK, part, n_parts, n_records, acc, top, total, DV, BLOCK_DV
+        )
+    else:
+        safe = tl.where(total == 0.0, 1.0, total)
+        out = acc / safe[:, None]
+        store_heads(out_ptr, stride_out, query, out, PACK, BLOCK_M, DV, BLOCK_DV, PRECISION)
+        lse = natural_lse(top, total, NATURAL, PRECISION)
+        tl.store(lse_ptr + lse_at, lse, mask=heads < PACK)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hierkernels.key_parts import count_parts
 from hierkernels.ops.selected_attention import triton_configs as configs
 from hierkernels.ops.selected_attention.call import SelectedCall
 from hierkernels.ops.selected_attention.triton_backward import (
@@ -21,6 +22,7 @@ from hierkernels.ops.selected_attention.triton_forward import _selected_attentio
 from hierkernels.ops.selected_attention.triton_inverse import Inverse, invert
 from hierkernels.triton_common.configs import Config
 from hierkernels.triton_common.launch import Launch, Target
+from hierkernels.triton_common.parts import Records
 from hierkernels.triton_common.tiles import LOG2E, cdiv, padded, power_of_2, rows_stride
 
 # Elements of a tile of the lists kernel, which compares each column with every other.
@@ -117,10 +119,15 @@ def plan_forward(
 ) -> list[Launch]:
     """The launches that fill out and lse; nothing in the call is empty, there are columns."""
     fill, lists, counts = plan_lists(call)
-    return [fill, Launch(_selected_attention_forward_kernel, counts.numel(), {
-        **_query_major(call, target, "forward", lists, counts),
+    programs, named = counts.numel(), call.columns * _block_size(call)
+    parts = count_parts(target.multiprocessors, programs, _heads(call), min(named, call.k.shape[2]))
+    records = Records.new(lse, parts, call.v.shape[3])
+    forward = Launch(_selected_attention_forward_kernel, programs * parts, {
+        **_query_major(call, target, "forward", lists, counts), **records.arguments(),
         "out_ptr": out, "lse_ptr": lse, "stride_out": rows_stride(out),
-    })]  # fmt: skip
+    })  # fmt: skip
+    natural = forward.arguments["NATURAL"]
+    return [fill, forward, *records.combine(target, out, lse, natural, 1.0)]
 
 
 # ---- backward ----
