@@ -22,19 +22,13 @@ bench-gpu: build
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.first_run
 
+# A worker a core, of one thread each; `.venv/bin/python -m pytest tests` is one process, for a debugger.
 test: build
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --dist worksteal -p no:benchmark
 
 # Triton kernels for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory.
 compile-gpu: build
-	$(BIN)/python -m hierkernels.ops.attention.aot
-	$(BIN)/python -m hierkernels.ops.causal_sgu.aot
-	$(BIN)/python -m hierkernels.ops.selected_attention.aot
-	$(BIN)/python -m hierkernels.ops.select_blocks.aot
-	$(BIN)/python -m hierkernels.ops.native_sparse_attention.aot
-	$(BIN)/python -m hierkernels.ops.gelu.aot
-	$(BIN)/python -m hierkernels.ops.rms_norm.aot
-	$(BIN)/python -m hierkernels.ops.rotary.aot
+	$(BIN)/python -m hierkernels.aot
 
 # CUDA kernels, as compiled by the build where there is nvcc: registers, shared memory, spills.
 cuda-report: build

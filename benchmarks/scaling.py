@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,19 +91,32 @@ def measure(
     suite: Suite, sweep: Sweep, dtype: torch.dtype, direction: str, device: str,
     lengths: range, seconds: float,
 ) -> Series:  # fmt: skip
-    """One series of the device's best backend; about so many seconds for each length."""
+    """One series of the device's best backend."""
     row = BACKEND_ROWS[device][0]
     cases = {n: next(c for c in suite.cases if c.name == name) for name, n in sweep.sizes.items()}
-    runs, first = {}, {}
-    ticks = clock.make_clock(device)
+    runs: dict[int, clock.Run] = {}
     for n, case in sorted(cases.items()):
         if n in lengths and dtype in case.dtypes:
             inputs = suite.inputs(case, dtype, device)
-            run = bind(next(iter(suite.candidates(row, inputs, direction))), direction)
-            runs[str(n)], first[str(n)] = run, clock.quickest(ticks, run)
-    found = clock.interleave(ticks, runs, first, seconds * len(runs))
-    samples = {int(n): taken for n, taken in found.items()}
+            runs[n] = bind(next(iter(suite.candidates(row, inputs, direction))), direction)
+    samples = in_turns(clock.make_clock(device), runs, seconds)
     return Series(suite.name, sweep.name, dtype_name(dtype), direction, row, samples)
+
+
+def in_turns(
+    ticks: clock.Clock, runs: dict[int, clock.Run], seconds: float
+) -> dict[int, list[float]]:
+    """As many samples of each length, for so long, after a few calls that do not count."""
+    loops = {n: clock.loops_for(clock.quickest(ticks, run)) for n, run in runs.items()}
+    samples: dict[int, list[float]] = {n: [] for n in runs}
+    gc.disable()
+    start, rounds = time.perf_counter(), 0
+    while rounds < clock.MIN_ROUNDS or time.perf_counter() - start < seconds:
+        rounds += 1
+        for n, run in runs.items():
+            samples[n].append(ticks.sample(run, loops[n]))
+    gc.enable()
+    return samples
 
 
 def series(options: argparse.Namespace) -> Iterator[Series]:
@@ -130,7 +144,7 @@ def main() -> None:
     parser.add_argument("--direction", choices=("forward", "backward"))
     parser.add_argument("--shortest", type=int, default=1, help="least N")
     parser.add_argument("--longest", type=int, default=2**17, help="largest N")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each length, about")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each series")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write or extend this file")
     options = parser.parse_args()

@@ -1,13 +1,24 @@
-"""What all tests share: when the marked ones run, and the instruction sets to run on."""
+"""What all tests share: threads, when the marked ones run, and the instruction sets to run on."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from hierkernels.native import native, native_error
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of pytest-xdist share the cores: one thread each, and for what they start.
+
+    Tests of what several threads do set the number of threads themselves.
+    """
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

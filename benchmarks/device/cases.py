@@ -77,7 +77,7 @@ def _repeated(kernel: str) -> attention.Function:
     def attend(i: testing.Inputs) -> torch.Tensor:
         k, v = (t.repeat_interleave(i.case.Hq // i.case.Hkv, 1) for t in (i.k, i.v))
         return torch.nn.functional.scaled_dot_product_attention(
-            i.q, k, v, is_causal=i.case.is_causal, scale=i.case.scale
+            i.q, k, v, is_causal=i.case.visible < i.case.Nq * i.case.Nk, scale=i.case.scale
         )
 
     return attention.with_kernel(attend, kernel)

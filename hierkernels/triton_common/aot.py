@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -220,23 +220,47 @@ def _compile_index(module: str, case: int, arch: int, index: int) -> Report:
     return compile_launch(op.CASES[case], arch, launch, op.spill_limit(op.CASES[case]))
 
 
-def compile_all(module: str, cases: list[int], archs: list[int], jobs: int) -> Iterator[Report]:
-    """Every launch of these of the operator's CASES for every architecture, `jobs` at a time."""
-    op = importlib.import_module(module)
-    work = [
-        (module, c, arch, i)
-        for arch in archs
-        for c in cases
-        for i in range(len(op.plan(op.CASES[c], target_for(op.CASES[c], family_of(arch)))))
-    ]
+def compile_all(
+    cases: dict[str, list[int]], archs: list[int], jobs: int
+) -> Iterator[tuple[str, Report]]:
+    """The module and every launch of the given CASES of modules, for every architecture."""
+    work = []
+    for module, indices in cases.items():
+        op = importlib.import_module(module)
+        for arch in archs:
+            for c in indices:
+                launches = op.plan(op.CASES[c], target_for(op.CASES[c], family_of(arch)))
+                work += [(module, c, arch, i) for i in range(len(launches))]
+    if not work:
+        return
+    # At most `jobs` processes at a time, for all modules: each has PyTorch and Triton to import.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_compile_index, *zip(*work, strict=True))
+        modules = [item[0] for item in work]
+        yield from zip(modules, pool.map(_compile_index, *zip(*work, strict=True)), strict=True)
 
 
-def main(module: str, description: str | None) -> int:
-    """The command of an operator's aot module, which has CASES, plan and spill_limit.
+def op_of(module: str) -> str:
+    """attention for hierkernels.ops.attention.aot."""
+    return module.split(".")[-2]
 
-    Exit status 1 if any kernel fails.
+
+def summary(reports: dict[str, list[Report]]) -> Iterator[str]:
+    """The lines of a table: for each operator the kernels compiled, and the most that one takes."""
+    yield f"{'operator':26s}kernels  problems  registers  B spilled  shared KiB  seconds"
+    for op, of_op in reports.items():
+        numbers = [
+            sum(bool(r.problem) for r in of_op), max(r.registers for r in of_op),
+            max(r.spill_stores for r in of_op),
+        ]  # fmt: skip
+        shared, seconds = max(r.shared for r in of_op) / 1024, sum(r.seconds for r in of_op)
+        columns = "".join(f"{n:{width}d}" for n, width in zip(numbers, (10, 11, 11), strict=True))
+        yield f"{op:26s}{len(of_op):7d}{columns}{shared:12.1f}{seconds:9.1f}"
+
+
+def main(modules: Sequence[str], description: str | None) -> int:
+    """The command of operators' aot modules, which have CASES, plan and spill_limit.
+
+    Exit status 1 if any kernel fails. --json writes the reports as a list for each operator.
     """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every case, not only the quick set")
@@ -248,17 +272,28 @@ def main(module: str, description: str | None) -> int:
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
-    cases = [
-        i for i, c in enumerate(importlib.import_module(module).CASES)
-        if (c.name in arguments.case if arguments.case else arguments.full or c.quick)
-    ]  # fmt: skip
-    reports = []
-    for report in compile_all(module, cases, list(arguments.arch), arguments.jobs):
+    cases = {
+        module: [
+            i for i, c in enumerate(importlib.import_module(module).CASES)
+            if (c.name in arguments.case if arguments.case else arguments.full or c.quick)
+        ]
+        for module in modules
+    }  # fmt: skip
+    if not any(cases.values()):
+        known = sorted({c.name for m in modules for c in importlib.import_module(m).CASES})
+        parser.error(f"no case has these names: {arguments.case}; there are {', '.join(known)}")
+    reports: dict[str, list[Report]] = {}
+    for module, report in compile_all(cases, list(arguments.arch), arguments.jobs):
+        op = op_of(module)
+        if op not in reports:
+            print(op)
         print(report, flush=True)
-        reports.append(report)
+        reports.setdefault(op, []).append(report)
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump([asdict(report) for report in reports], file, indent=1)
-    bad = sum(bool(report.problem) for report in reports)
-    print(f"{len(reports)} kernels, {bad} with problems (Triton {triton.__version__})")
+            json.dump({op: [asdict(r) for r in of] for op, of in reports.items()}, file, indent=1)
+    print("", *summary(reports), sep="\n")
+    bad = sum(bool(report.problem) for of_op in reports.values() for report in of_op)
+    total = sum(map(len, reports.values()))
+    print(f"{total} kernels, {bad} with problems (Triton {triton.__version__})")
     return 1 if bad else 0

@@ -1,88 +1,84 @@
 """Runs the *_interpreted.py tests where Triton interprets its kernels, whoever imported it first.
 
 Triton decides between compiler and interpreter (TRITON_INTERPRET=1) when a kernel's module is
-imported, for the whole process. So these tests run in worker processes of their own, two at a
-time, and each test here reports what its worker found. With TRITON_INTERPRET=1 already set
-(`TRITON_INTERPRET=1 pytest tests/triton`, for a debugger) they run in this process.
+imported, for the whole process. So these tests run in a second pytest process, which is sent the
+names of tests, one at a time, and answers with what it found; each worker of pytest-xdist has one
+of its own. With TRITON_INTERPRET=1 already set (`TRITON_INTERPRET=1 pytest tests/triton`, for a
+debugger) they run in this process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
+import compiled
 import pytest
 import torch
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_REPORT = "HIERKERNELS_TEST_REPORT"  # set in workers: the file that they write their results to
-_WORKERS = 2
+_PIPES = "HIERKERNELS_TEST_PIPES"  # set in the second process: two file descriptors
 
 
 def _is_interpreted(item: pytest.Item) -> bool:
     return item.path.name.endswith("_interpreted.py")
 
 
-class _Workers:
-    """pytest processes that run the interpreted tests of a session; results arrive as lines."""
+class _Interpreter:
+    """The second process, as the first sees it."""
 
     def __init__(self, session: pytest.Session) -> None:
-        nodes = [item.nodeid for item in session.items if _is_interpreted(item)]
-        self._folder = tempfile.TemporaryDirectory()
-        self._results: dict[str, tuple[str, str]] = {}
-        self._files = [Path(self._folder.name, f"{n}.jsonl") for n in range(_WORKERS)]
-        self._logs = [path.with_suffix(".log") for path in self._files]
-        self._processes = [
-            self._start(session.config, nodes[n::_WORKERS], self._files[n], self._logs[n])
-            for n in range(min(_WORKERS, len(nodes)))
-        ]
-
-    @staticmethod
-    def _start(
-        config: pytest.Config, nodes: list[str], report: Path, log: Path
-    ) -> subprocess.Popen[bytes]:
-        report.touch()
+        files = sorted({str(item.path) for item in session.items if _is_interpreted(item)})
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-        if config.option.markexpr:
-            command += ["-m", config.option.markexpr]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", _REPORT: str(report)}
-        with log.open("wb") as output:
-            return subprocess.Popen(
-                [*command, *nodes], cwd=config.rootpath, env=environment, stdout=output,
-                stderr=subprocess.STDOUT,
-            )  # fmt: skip
+        if markers := session.config.option.markexpr:
+            command += ["-m", markers]
+        asked, ask = os.pipe()
+        answer, answered = os.pipe()
+        environment = {**os.environ, "TRITON_INTERPRET": "1", _PIPES: f"{asked},{answered}"}
+        for name in [name for name in environment if name.startswith("PYTEST_")]:
+            del environment[name]  # of the worker that this process may be
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (close() closes all three)
+        self._process = subprocess.Popen(
+            [*command, *files], cwd=session.config.rootpath, env=environment, stdout=self._log,
+            stderr=subprocess.STDOUT, pass_fds=(asked, answered),
+        )  # fmt: skip
+        os.close(asked)
+        os.close(answered)
+        self._names = open(ask, "w")  # noqa: SIM115
+        self._results = open(answer)  # noqa: SIM115
 
-    def result(self, node: str) -> tuple[str, str]:
-        """(outcome, message) of a test, waiting for it."""
-        while node not in self._results:
-            running = any(process.poll() is None for process in self._processes)
-            for path in self._files:
-                # The last line may not be complete yet.
-                for line in path.read_text().split("\n")[:-1] if path.exists() else ():
-                    name, *result = json.loads(line)
-                    self._results[name] = (result[0], result[1])
-            if node not in self._results and not running:
-                logs = "\n".join(log.read_text()[-2000:] for log in self._logs if log.exists())
-                return "failed", f"the worker processes ended without this test:\n{logs}"
-            time.sleep(0.05)
-        return self._results[node]
+    def run(self, node: str) -> tuple[str, str]:
+        """(outcome, message) of a test."""
+        try:
+            print(node, file=self._names, flush=True)
+            line = self._results.readline()
+        except BrokenPipeError:
+            line = ""
+        if line:
+            outcome, message = json.loads(line)
+            return outcome, message
+        self._log.seek(0)
+        return "failed", f"the interpreting process ended:\n{self._log.read()[-4000:]}"
 
     def close(self) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                process.terminate()
-            process.wait()
-        self._folder.cleanup()
+        with contextlib.suppress(BrokenPipeError):
+            self._names.close()  # the process then ends
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait()
+        self._results.close()
+        self._log.close()
 
 
-_workers = pytest.StashKey[_Workers]()
+_interpreter = pytest.StashKey[_Interpreter]()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -90,9 +86,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if _INTERPRETED or not _is_interpreted(pyfuncitem):
         return None
     stash = pyfuncitem.session.stash
-    if _workers not in stash:
-        stash[_workers] = _Workers(pyfuncitem.session)
-    outcome, message = stash[_workers].result(pyfuncitem.nodeid)
+    if _interpreter not in stash:
+        stash[_interpreter] = _Interpreter(pyfuncitem.session)
+    outcome, message = stash[_interpreter].run(pyfuncitem.nodeid)
     if outcome == "skipped":
         pytest.skip(message)
     if outcome == "failed":
@@ -100,18 +96,40 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """In a worker: one line for each test, when it is decided."""
-    path = os.environ.get(_REPORT)
-    if path is None or not (report.when == "call" or report.outcome != "passed"):
-        return
-    with open(path, "a") as file:
-        file.write(json.dumps([report.nodeid, report.outcome, report.longreprtext]) + "\n")
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _workers in session.stash:
-        session.stash[_workers].close()
+    if _interpreter in session.stash:
+        session.stash[_interpreter].close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """In the second process: runs the tests that it is asked for."""
+    if _PIPES not in os.environ or session.config.option.collectonly:
+        return None
+    asked, answered = (int(number) for number in os.environ[_PIPES].split(","))
+    items = {item.nodeid: item for item in session.items}
+    with open(asked) as names, open(answered, "w") as results:
+        for name in names:
+            print(json.dumps(_run(items[name.rstrip("\n")])), file=results, flush=True)
+    return True
+
+
+def _run(item: pytest.Item) -> tuple[str, str]:
+    """(outcome, message) of a test, its fixtures included: the first that is not "passed"."""
+    found: list[tuple[str, str]] = []
+
+    class Listener:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            found.append((report.outcome, report.longreprtext))
+
+    listener = Listener()
+    item.config.pluginmanager.register(listener)
+    try:
+        # Which test comes next is not known: all fixtures end with this one.
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+    finally:
+        item.config.pluginmanager.unregister(listener)
+    return next((result for result in found if result[0] != "passed"), ("passed", ""))
 
 
 def _accept_arrays_of_one_number() -> None:
@@ -135,3 +153,15 @@ if _INTERPRETED and importlib.util.find_spec("triton"):
 def one_thread() -> None:
     """The interpreter is one thread, and the workers share the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> compiled.Reports:
+    """The quick set of every operator, compiled for every architecture."""
+    return compiled.reports(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def full(tmp_path_factory: pytest.TempPathFactory) -> compiled.Reports:
+    """Every case of every operator."""
+    return compiled.reports(tmp_path_factory, "--full")

@@ -1,47 +1,18 @@
 """The attention kernels compiled ahead of time for GPUs that need not be there.
 
-The whole of the quick set is compiled once, in processes of its own (this one may interpret).
+The whole of the quick set is compiled once, in processes of its own: see compiled.py.
 """
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from compiled import Reports, select
+
 from hierkernels.ops.attention import triton_configs as configs
 from hierkernels.ops.attention.aot import ARCHITECTURES, CASES
-
-Reports = dict[tuple[int, str, int], list[dict]]  # by architecture, case and channels
-
-
-def _compile(folder: Path, *options: str) -> Reports:
-    path = folder / "reports.json"
-    command = [sys.executable, "-m", "hierkernels.ops.attention.aot", "--json", str(path), *options]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert path.exists(), done.stdout + done.stderr
-    reports: Reports = defaultdict(list)
-    for report in json.loads(path.read_text()):
-        reports[report["arch"], report["case"], report["channels"]].append(report)
-    return reports
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    return _compile(tmp_path_factory.mktemp("aot"))
-
-
-@pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    return _compile(tmp_path_factory.mktemp("aot"), "--full")
 
 
 def _parameters(quick: bool) -> list:
@@ -66,13 +37,13 @@ def _check(reports: list[dict]) -> None:
 @pytest.mark.parametrize(("arch", "case"), _parameters(quick=True))
 def test_compiles(arch: int, case, quick: Reports) -> None:
     """No spills, shared memory within the limit, tensor cores used and not serialised."""
-    _check(quick[arch, case.name, case.channels])
+    _check(select(quick, "attention", arch, case.name, case.channels))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_bias_is_loaded_in_vectors(arch: int, quick: Reports) -> None:
     """An even number of keys is known to the compiler where a bias or mask has rows of them."""
-    reports = quick[arch, "bias", 64]
+    reports = select(quick, "attention", arch, "bias", 64)
     assert len(reports) == 3
     assert [r["narrow"] for r in reports] == [0, 0, 0]
 
@@ -80,7 +51,7 @@ def test_a_bias_is_loaded_in_vectors(arch: int, quick: Reports) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "case"), _parameters(quick=False))
 def test_compiles_everything(arch: int, case, full: Reports) -> None:
-    _check(full[arch, case.name, case.channels])
+    _check(select(full, "attention", arch, case.name, case.channels))
 
 
 def test_device_families() -> None:

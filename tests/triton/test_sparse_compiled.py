@@ -1,21 +1,17 @@
 """The kernels of the sparse operators and of rows of channels, compiled without a GPU.
 
-The whole of each quick set is compiled once, in processes of its own (this one may interpret).
+The whole of each quick set is compiled once, in processes of its own: see compiled.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from compiled import Reports, select
 
 from hierkernels.ops.gelu import aot as gelu
 from hierkernels.ops.native_sparse_attention import aot as native_sparse_attention
@@ -33,31 +29,6 @@ OPS = {
     "select_blocks": select_blocks,
     "selected_attention": selected_attention,
 }
-Reports = dict[tuple[str, int, str, int], list[dict]]  # op, architecture, case, channels
-
-
-def _compile(folder: Path, *options: str) -> Reports:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    reports: Reports = defaultdict(list)
-    for op in OPS:
-        path = folder / f"{op}.json"
-        module = f"hierkernels.ops.{op}.aot"
-        command = [sys.executable, "-m", module, "--json", str(path), *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert path.exists(), done.stdout + done.stderr
-        for report in json.loads(path.read_text()):
-            reports[op, report["arch"], report["case"], report["channels"]].append(report)
-    return reports
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    return _compile(tmp_path_factory.mktemp("aot"))
-
-
-@pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    return _compile(tmp_path_factory.mktemp("aot"), "--full")
 
 
 def _parameters(quick: bool) -> Iterator:
@@ -85,10 +56,10 @@ def _check(op: str, reports: list[dict]) -> None:
 @pytest.mark.parametrize("case", list(_parameters(quick=True)))
 def test_compiles(case: tuple, quick: Reports) -> None:
     """No spills, shared memory within the limit, tensor cores used and not serialised."""
-    _check(case[0], quick[case])
+    _check(case[0], select(quick, *case))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(_parameters(quick=False)))
 def test_compiles_everything(case: tuple, full: Reports) -> None:
-    _check(case[0], full[case])
+    _check(case[0], select(full, *case))

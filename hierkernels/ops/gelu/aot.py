@@ -49,4 +49,4 @@ def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("hierkernels.ops.gelu.aot", __doc__))
+    sys.exit(main(["hierkernels.ops.gelu.aot"], __doc__))

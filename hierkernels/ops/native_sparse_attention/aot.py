@@ -62,4 +62,4 @@ def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("hierkernels.ops.native_sparse_attention.aot", __doc__))
+    sys.exit(main(["hierkernels.ops.native_sparse_attention.aot"], __doc__))

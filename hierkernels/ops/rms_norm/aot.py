@@ -63,4 +63,4 @@ def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("hierkernels.ops.rms_norm.aot", __doc__))
+    sys.exit(main(["hierkernels.ops.rms_norm.aot"], __doc__))

@@ -53,4 +53,4 @@ def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("hierkernels.ops.rotary.aot", __doc__))
+    sys.exit(main(["hierkernels.ops.rotary.aot"], __doc__))

@@ -98,4 +98,4 @@ def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("hierkernels.ops.select_blocks.aot", __doc__))
+    sys.exit(main(["hierkernels.ops.select_blocks.aot"], __doc__))

@@ -111,4 +111,4 @@ def plan(case: Case, target: Target, device: str = "meta") -> list[Launch]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("hierkernels.ops.selected_attention.aot", __doc__))
+    sys.exit(main(["hierkernels.ops.selected_attention.aot"], __doc__))

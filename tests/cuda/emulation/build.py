@@ -15,6 +15,8 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+from process_lock import process_lock
+
 from hierkernels.native import DTYPES
 
 HERE = Path(__file__).resolve().parent
@@ -70,11 +72,12 @@ def load() -> ModuleType:
     """The emulated core. Raises NoCompiler, or RuntimeError with the compiler's words."""
     target = BUILD / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text(_ninja_file(_compiler(), target))
     command = [sys.executable, "-m", "ninja", "-C", str(BUILD)]
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
-    built = subprocess.run(command, capture_output=True, text=True)
+    with process_lock(BUILD / "lock"):
+        (BUILD / "build.ninja").write_text(_ninja_file(_compiler(), target))
+        built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode != 0:
         raise RuntimeError(f"the emulation does not compile:\n{built.stdout[-8000:]}")
     spec = importlib.util.spec_from_file_location(NAME, target)
