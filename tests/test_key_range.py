@@ -134,6 +134,7 @@ def test_canonical_is_the_same_bound(s: Staircase, n_keys: int) -> None:
     # What the kernels rely on: a numerator that is never negative, and a monotone bound.
     assert all(i + canonical.shift >= 0 for i in queries)
     assert expected == sorted(expected)
+    assert [canonical.at_query(i, n_keys) for i in queries] == expected
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)

@@ -49,6 +49,8 @@ CASES = (
     (_case("window-within-a-tile", Nk=64, window=(31, 0)), F32, 2),
     (_case("bucketed", N=40, Nk=40, key_range=KeyRange.bucketed(40, 16, 1, 1, False)), F32, 2),
     (_case("compressed", N=90, Nk=60, key_range=KeyRange.compressed(10, 1, 3)), F32, 3),
+    # One query that stands late in the sequence, as where the compressed branch decodes.
+    (_case("compressed-one", key_range=KeyRange.compressed(-2399, 16, 3)), F32, 9),
     (_case("d24-dv40", D=24, Dv=40, is_causal=True), BF16, 9),
     (_case("d256", D=256, Nk=70, is_causal=True), BF16, 4),
     (_case("dv1", D=8, Dv=1, Nk=70), F32, 4),
@@ -117,6 +119,14 @@ def test_loop_forms(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(_case("loop", N=20, Nk=130, window=(90, 3)), F32)
     assert _parts(inputs) > 1
     check_accuracy(inputs, compute(inputs, "triton"))
+
+
+def test_tensor_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(triton_configs.INTERPRETER["forward"], descriptors=True)
+    monkeypatch.setitem(triton_configs.INTERPRETER, "forward", config)
+    inputs = make_inputs(_case("descriptors", H=4, Nk=70, is_causal=True), F32)
+    assert _parts(inputs) > 1
+    check_accuracy(inputs, compute(inputs, "triton", gradients=False))
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 40])
