@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from hierkernels import cuda_core, key_parts
+from hierkernels import key_parts
 from hierkernels.ops.attention import cuda as backend
 from hierkernels.ops.attention.spec import Case, dtype_name
 from hierkernels.testing import Inputs, check_accuracy, compute, make_inputs, poisoned_memory
@@ -43,7 +43,6 @@ CASES = (
 @pytest.fixture(autouse=True)
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small cases have parts, too."""
-    monkeypatch.setattr(cuda_core, "multiprocessors_of", lambda t: 6)
     monkeypatch.setattr(backend, "multiprocessors_of", lambda t: 6)
     for name, least in (("LEAST_KEYS", 40), ("KEYS_OF_ROW", 0), ("FEWEST", 2)):
         monkeypatch.setattr(key_parts, name, least)
@@ -65,9 +64,11 @@ def _parts(inputs: Inputs) -> int:
 def test_accuracy(emulated_cuda: ModuleType, case: Case, dtype: torch.dtype, n_parts: int) -> None:
     inputs = make_inputs(case, dtype)
     assert _parts(inputs) == n_parts
+    emulated_cuda.take_counts()
     with poisoned_memory():
         results = compute(inputs, "cuda")
     check_accuracy(inputs, results)
+    assert emulated_cuda.take_counts()["bank_conflicts"] == 0
     emulated_cuda.set_options(seed=5)
     again = compute(inputs, "cuda", gradients=False)
     assert all(torch.equal(again[name], results[name]) for name in again)
