@@ -49,6 +49,8 @@ $(VENV)/.built: $(STAMP) $(SOURCES)
 	@touch $@
 
 $(STAMP): requirements-dev.txt requirements-peers.txt
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is \
+	needed, $(PYTHON) is " + sys.version.split()[0] + ": name another, as in make PYTHON=python3.12 test")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	$(BIN)/python -m pip install --no-deps -r requirements-peers.txt

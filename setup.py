@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,9 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Later devices compile the PTX of 8.0 when they first run a kernel.
 DEFAULT_ARCHS = "8.0+PTX;9.0"
+# What the kernels outside csrc/cuda/hopper are written for. Compiled for it once, their PTX gives
+# the same machine code for a later device as compiling them for it: compared, for sm_90.
+VIRTUAL_ARCH = 80
 # csrc/cuda/hopper holds instructions that no other architecture has.
 HOPPER_FLAGS = ["-gencode", "arch=compute_90a,code=sm_90a"]
 
@@ -70,7 +74,8 @@ def cuda_architectures() -> list[str]:
     flags = []
     for name in names.replace(" ", ";").split(";"):
         number = name.removesuffix("+PTX").replace(".", "")
-        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        later = number.isdigit() and int(number) > VIRTUAL_ARCH
+        flags += ["-gencode", f"arch=compute_{VIRTUAL_ARCH if later else number},code=sm_{number}"]
         if name.endswith("+PTX"):
             flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
     return flags
@@ -94,7 +99,13 @@ def core_stamp() -> str:
 
 
 def quote(value: object) -> str:
+    """A path among ninja's; it quotes them for the shell itself."""
     return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def argument(value: object) -> str:
+    """A word of a command, in the text of a rule."""
+    return shlex.quote(str(value)).replace("$", "$$")
 
 
 def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, target: Path) -> str:
@@ -102,31 +113,32 @@ def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, ta
 
     # The interpreter's and pybind11's headers are not ours to warn about.
     includes = [
-        f"-isystem {quote(p)}" for p in (sysconfig.get_paths()["include"], pybind11.get_include())
+        f"-isystem {argument(p)}"
+        for p in (sysconfig.get_paths()["include"], pybind11.get_include())
     ]
-    defines = ["-DHIERKERNELS_X86"] if X86 else []
-    if nvcc:
-        defines.append("-DHIERKERNELS_CUDA")
-    common = " ".join([*defines, *includes])
-    cxx_flags = " ".join(CXX_FLAGS)
+    defines = ["-DHIERKERNELS_CUDA"] if nvcc else []
+    # Kernels know neither: their objects serve a wheel built in isolation, or without CUDA, too.
+    binding_flags = " ".join([*defines, *includes])
+    cxx_flags = " ".join([*CXX_FLAGS, *(["-DHIERKERNELS_X86"] if X86 else [])])
     compiled = "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
     lines = [
         "ninja_required_version = 1.5",
-        f"rule cxx\n  command = {cxx} -MMD -MF $out.d {cxx_flags} {common} $flags {compiled}"
+        f"rule cxx\n  command = {argument(cxx)} -MMD -MF $out.d {cxx_flags} $flags {compiled}"
         "  description = C++ $in",
-        f"rule link\n  command = {cxx} -shared -fopenmp $in -o $out $libs\n"
+        f"rule link\n  command = {argument(cxx)} -shared -fopenmp $in -o $out $libs\n"
         "  description = link $out",
     ]
     if nvcc:
         nvcc_flags = " ".join(NVCC_FLAGS)
         lines.append(
             # What ptxas says of registers and spills goes to a file, for csrc/cuda/report.py.
-            f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {nvcc_flags} $archs {common} -c $in "
+            f"rule nvcc\n  command = {argument(nvcc)} -MD -MF $out.d {nvcc_flags} $archs -c $in "
             "-o $out > $out.ptxas 2>&1 || (cat $out.ptxas && false)\n"
             "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in"
         )
     objects = []
-    for source in sorted(CSRC.rglob("*.cpp")) + (sorted(CSRC.rglob("*.cu")) if nvcc else []):
+    # CUDA first: a file takes up to a minute, and no core should be without work meanwhile.
+    for source in (sorted(CSRC.rglob("*.cu")) if nvcc else []) + sorted(CSRC.rglob("*.cpp")):
         level = source.stem.rsplit("_", 1)[-1]
         if level in LEVEL_FLAGS and not X86:
             continue
@@ -140,12 +152,14 @@ def ninja_file(cxx: str, nvcc: str | None, runtime: Path | None, build: Path, ta
             lines.append(f"  archs = {' '.join(archs)}")
         if source == CSRC / "stamp.cpp":
             lines.append(f"  flags = '-DHIERKERNELS_STAMP=\"{core_stamp()}\"'")
+        if source.stem.startswith("bindings"):
+            lines.append(f"  flags = {binding_flags}")
         if level in LEVEL_FLAGS:
             lines.append(f"  flags = {' '.join(LEVEL_FLAGS[level])}")
         objects.append(quote(obj))
     lines.append(f"build {quote(target)}: link {' '.join(objects)}")
     if nvcc:
-        lines.append(f"  libs = -L{quote(runtime)} -lcudart_static -lrt -lpthread -ldl")
+        lines.append(f"  libs = -L{argument(runtime)} -lcudart_static -lrt -lpthread -ldl")
     return "\n".join([*lines, f"default {quote(target)}", ""])
 
 

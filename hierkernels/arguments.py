@@ -37,6 +37,8 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     if not isinstance(first, torch.Tensor):
         return tensors
     kind = "cpu" if first.is_cpu else first.device.type  # is_cpu is a tenth of the time
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return tensors  # such as "meta", of which is_autocast_enabled knows nothing
     if not torch.is_autocast_enabled(kind):
         return tensors
     for t in tensors:

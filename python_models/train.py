@@ -28,6 +28,7 @@ from tqdm import tqdm
 import hierkernels as hk
 from python_models import checkpoint, distributed
 from python_models.data import Corpus
+from python_models.freed_memory import keep_freed_memory
 from python_models.metrics_log import MetricsLog
 from python_models.registry import MODELS
 from python_models.train_config import TrainConfig
@@ -256,4 +257,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -298,3 +298,14 @@ def test_info_reports_every_backend() -> None:
     if native() is not None:
         assert native().cpu_isa() in found.stdout
     assert str(ROOT) not in found.stdout  # may be pasted into a report
+
+
+def test_meta_tensors_have_shapes_alone() -> None:
+    """The reference computes shapes; an argument that has memory is named."""
+    q = torch.empty(1, 4, 6, 8, device="meta", requires_grad=True)
+    k = torch.empty(1, 2, 6, 8, device="meta")
+    out = hk.attention(q, k, k, is_causal=True)
+    out.sum().backward()
+    assert out.is_meta and out.shape == q.grad.shape == q.shape
+    with pytest.raises(ValueError, match=r"k must be on the device of q \(meta\), got cpu"):
+        hk.attention(q, torch.zeros(1, 2, 6, 8), k)

@@ -1,6 +1,9 @@
 // exp2, log2, tanh and GELU of vectors (part of simd.h).
 #pragma once
 #include "simd.h"
+#if defined(__AVX512F__)
+#include "gelu_tables.h"
+#endif
 
 namespace hierkernels {
 namespace HK_ISA {
@@ -128,6 +131,47 @@ HK_INLINE V tanh(V x) {
   return magnitude < F(0.625) ? tanh_small(x) : signed_large;
 }
 
+// GELU of float: out of tables that registers hold, or, where they are too short for tables, by a formula.
+#if defined(__AVX512F__)
+// The interval of the table in which |x| lies, a number in the low bits, and the distance from its middle in steps.
+struct TablePlace {
+  Mask<float> interval;
+  VecF distance;
+};
+template <class Table>
+HK_INLINE TablePlace place_in(VecF x) {
+  // Integers end up in the low bits. A NaN passes through, and the rest of the bits is not looked at.
+  const VecF magic = set1(12582912.0f);
+  const VecF steps = min(set1(Table::kIntervals - 1.0f), _mm512_abs_ps(x) * Table::kPerStep);
+  const VecF shifted = steps + magic;
+  return {bit_cast<Mask<float>>(shifted), steps - (shifted - magic)};
+}
+template <int N>
+HK_INLINE VecF look_up(const float (&table)[N], Mask<float> interval) {
+  const __m512i index = bit_cast<__m512i>(interval);
+  if constexpr (N == 16) return _mm512_permutexvar_ps(index, load(table));
+  else return _mm512_permutex2var_ps(load(table), index, load(table + 16));
+}
+// The table's function f of |x| where x < 0, and 1 - f elsewhere.
+template <class Table>
+HK_INLINE VecF from_table(VecF x, TablePlace place) {
+  VecF y = look_up(Table::kTerms[Table::kDegree], place.interval);
+#pragma GCC unroll 8
+  for (int i = Table::kDegree - 1; i >= 0; --i) y = fma(y, place.distance, look_up(Table::kTerms[i], place.interval));
+  return x < 0.0f ? y : 1.0f - y;
+}
+// value = x P(X <= x) for a standard normal X, and its slope; as exact as T is.
+template <class T = float>
+HK_INLINE void gelu(VecF x, VecF& value, VecF& slope) {
+  constexpr bool kShort = sizeof(T) == 2;
+  using Tail = std::conditional_t<kShort, ShortNormalTailTable, NormalTailTable>;
+  using Slope = std::conditional_t<kShort, ShortGeluSlopeTable, GeluSlopeTable>;
+  static_assert(Tail::kPerStep == Slope::kPerStep && Tail::kIntervals == Slope::kIntervals);
+  const TablePlace place = place_in<Tail>(x);
+  value = x * from_table<Tail>(x, place);
+  slope = from_table<Slope>(x, place);
+}
+#else
 // For x >= 0 the tail of the standard normal distribution over its density times sqrt(2 pi): t times a polynomial in
 // t = 1 / (1 + step x), in the manner of Abramowitz and Stegun 7.1.26; minimax. Relative error 2.4e-8, and 9.5e-5 for
 // results of 16 bits.
@@ -157,6 +201,7 @@ HK_INLINE void gelu(VecF x, VecF& value, VecF& slope) {
   value = x * cdf;
   slope = fma(x * 0.39894228040143267794f, density, cdf);
 }
+#endif
 template <class T = double>
 HK_INLINE void gelu(VecD x, VecD& value, VecD& slope) {
   VecD cdf;

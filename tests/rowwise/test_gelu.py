@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rowwise_levels import CORE, accuracy_params
+from rowwise_levels import CORE, ISAS, accuracy_params
 
 import hierkernels as hk
 from hierkernels.native import native_error
@@ -18,6 +21,7 @@ from hierkernels.testing import poisoned_memory, threads
 
 needs_core = pytest.mark.skipif(CORE is None, reason=f"no compiled core: {native_error()}")
 F32, F64 = torch.float32, torch.float64
+TABLES = Path(__file__).parents[2] / "csrc" / "cpu" / "gelu_tables.py"
 
 
 @pytest.mark.parametrize("case, dtype, isa", accuracy_params("gelu", CORRECTNESS, ALL_DTYPES))
@@ -87,6 +91,53 @@ def test_nan_and_infinity() -> None:
         out = hk.gelu(x, backend=backend)[0]
         assert out[0].isnan() and out[1] == torch.inf and out[4] == 40, backend
         assert out[3] == 0 and out[5].isfinite(), backend
+
+
+def _numbers(source: str) -> list[float]:
+    return [float(number) for number in re.findall(r"-?\d\.\d+e[+-]\d+(?=f)", source)]
+
+
+def test_tables_are_what_their_generator_writes() -> None:
+    expected, found = runpy.run_path(str(TABLES))["source"](), TABLES.with_suffix(".h").read_text()
+    digits = r"-?\d\.\d+e[+-]\d+"
+    assert re.sub(digits, "", found) == re.sub(digits, "", expected)
+    # Mathematical libraries differ in last bits, of numbers near 0 in all.
+    torch.testing.assert_close(
+        torch.tensor(_numbers(found), dtype=F64),
+        torch.tensor(_numbers(expected), dtype=F64),
+        rtol=1e-7,
+        atol=1e-14,
+    )
+
+
+def _whole_line() -> torch.Tensor:
+    """Numbers of both signs: evenly spaced to 12, and of all exponents, subnormal ones too."""
+    exponents = torch.arange(-149, 128, dtype=F64)
+    powers = (2.0 ** exponents[:, None] * torch.tensor([1.0, 1.4, 1.9], dtype=F64)).flatten()
+    positive = torch.cat((torch.linspace(0, 12, 50001, dtype=F64), powers))
+    return torch.cat((positive, -positive)).float()
+
+
+@needs_core
+@pytest.mark.parametrize("isa", ISAS)
+def test_whole_line(isa: str, set_isa: Callable[[str], None]) -> None:
+    """As exact as the definition in float32 all over, on a scale of x, and of 1 for the slope."""
+    set_isa(isa)
+    x = _whole_line()
+
+    def results(x: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x[None].requires_grad_()
+        out = hk.gelu(x, backend=backend)
+        (slope,) = torch.autograd.grad(out.sum(), x)
+        return out.detach()[0], slope[0]
+
+    exact, eager = results(x.double(), "reference"), results(x, "reference")
+    # Products with subnormal numbers are rounded on a scale of their own.
+    scales = x.double().abs().clamp(min=2.0**-120), torch.ones_like(exact[1])
+    for found, plain, oracle, scale in zip(results(x, "cpu"), eager, exact, scales, strict=True):
+        largest, allowed = (((t - oracle) / scale).abs().max() for t in (found, plain))
+        assert largest <= 2 * allowed + torch.finfo(F32).eps
+        assert torch.equal(found[x > 8], plain[x > 8])
 
 
 @needs_core

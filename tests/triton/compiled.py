@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from process_lock import process_lock
 
+# The tests compile for one architecture, `make compile-gpu` for all; so do those marked slow.
+ARCH = 90
+
 Report = dict  # the fields of hierkernels.triton_common.aot.Report
 Reports = dict[str, list[Report]]  # by operator
 

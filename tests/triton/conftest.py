@@ -63,6 +63,7 @@ class _Interpreter:
         if line:
             outcome, message = json.loads(line)
             return outcome, message
+        self._process.wait()
         self._log.seek(0)
         return "failed", f"the interpreting process ended:\n{self._log.read()[-4000:]}"
 
@@ -109,8 +110,9 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     asked, answered = (int(number) for number in os.environ[_PIPES].split(","))
     items = {item.nodeid: item for item in session.items}
     with open(asked) as names, open(answered, "w") as results:
-        for name in names:
-            print(json.dumps(_run(items[name.rstrip("\n")])), file=results, flush=True)
+        for name in map(str.rstrip, names):
+            found = _run(items[name]) if name in items else ("failed", "no longer in the file")
+            print(json.dumps(found), file=results, flush=True)
     return True
 
 
@@ -157,11 +159,11 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> compiled.Reports:
-    """The quick set of every operator, compiled for every architecture."""
-    return compiled.reports(tmp_path_factory)
+    """The quick set of every operator, compiled for one architecture."""
+    return compiled.reports(tmp_path_factory, "--arch", str(compiled.ARCH))
 
 
 @pytest.fixture(scope="session")
 def full(tmp_path_factory: pytest.TempPathFactory) -> compiled.Reports:
-    """Every case of every operator."""
+    """Every case of every operator, compiled for every architecture."""
     return compiled.reports(tmp_path_factory, "--full")

@@ -16,6 +16,9 @@ namespace hierkernels {
 namespace HK_ISA {
 namespace {
 
+// Up to so many rows that see a tile of keys, the inputs of the next tile are asked for: they fit the second-level cache.
+constexpr int64_t kNarrowRows = 4 * kBackwardRows;
+
 template <class F>
 class Backward {
  public:
@@ -40,6 +43,7 @@ class Backward {
       for (int64_t tile = 0; tile < key_tiles_; ++tile)
         if (const int64_t n = blocks_seeing(tile).end - blocks_seeing(tile).begin; n > ring_) ring_ = n;
       dq_rows_ = ring_ * blocks_.size;
+      narrow_ = ring_ * blocks_.size <= kNarrowRows;
     }
 
     const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
@@ -150,6 +154,25 @@ class Backward {
     if (m + 1 < plan_.first_member(u % plan_.chunks + 1)) return plan_.task(u / plan_.chunks, m + 1);
     if (++u == plan_.units()) return {p_.batch(), 0, 0};
     return plan_.task(u / plan_.chunks, plan_.first_member(u % plan_.chunks));
+  }
+
+  // Aims at what the tile of keys after this one, of the same head or the next, reads for the first time.
+  void aim_at_following(Work& w, BackwardTask t, int64_t tile) const {
+    w.next.aim_at_nothing();
+    int64_t known = blocks_seeing(tile).end;  // blocks of rows before are in the caches
+    if (++tile == key_tiles_) {
+      t = w.following;
+      tile = known = 0;
+      if (t.b >= p_.batch()) return;
+    }
+    const Blocks blocks = blocks_seeing(tile);
+    if (blocks.begin > known) known = blocks.begin;
+    const int64_t group = p_.group(), key = tile * kTileKeys, rows = blocks.end * blocks_.size;
+    const int64_t end = key + kTileKeys < p_.n_keys() ? key + kTileKeys : p_.n_keys();
+    const int64_t first_query = known * blocks_.size / group;
+    const int64_t end_query = ((rows < blocks_.rows ? rows : blocks_.rows) + group - 1) / group;
+    w.next.also({&p_.k, &p_.v}, t.b, t.kv_head, 1, key, end);
+    w.next.also({&p_.q, &p_.dout, &p_.out}, t.b, t.kv_head * group, group, first_query, end_query);
   }
 
   int64_t dq_size() const { return dq_rows_ * shape_.padded; }
@@ -287,7 +310,10 @@ class Backward {
     const int64_t key = index * kTileKeys, left = p_.n_keys() - key;
     const int keys = left < kTileKeys ? static_cast<int>(left) : kTileKeys;
     const Rows k_rows = rows_of(p_.k, storage_, t.b, t.kv_head, 1), v_rows = rows_of(p_.v, storage_, t.b, t.kv_head, 1);
-    w.next.aim_at(p_, {&p_.k, &p_.v, &p_.q, &p_.dout}, w.following.b, w.following.kv_head);
+    if (narrow_)
+      aim_at_following(w, t, index);
+    else
+      w.next.aim_at(p_, {&p_.k, &p_.v, &p_.q, &p_.dout}, w.following.b, w.following.kv_head);
     storage_.transpose(k_rows, key, keys, shape_.dim, score_factor<F>(p_), w.k_panels, shape_.panel);
     storage_.transpose(v_rows, key, keys, shape_.dim_v, F(1), w.v_panels, shape_.panel);
     const Operand k = operand(k_in_place_, k_rows, k_rows.token_stride, key, keys, shape_.dim, shape_.padded, w.k);
@@ -415,6 +441,7 @@ class Backward {
   bool q_in_place_, dout_in_place_, k_in_place_, v_in_place_, dq_in_place_;
   int64_t dq_rows_;  // rows of dQ in scratch: all, those of the ring, or those of a block if the tile is whole
   int64_t ring_;     // blocks of rows in scratch at a time
+  bool narrow_ = false;  // a window: few rows see a tile of keys
   BackwardPlan plan_;
   F* shared_ = nullptr;  // partial dQ, then copies of dbias
   F* bias_copies_ = nullptr;

@@ -51,6 +51,7 @@ struct Backward {
   const int64_t rows, keys;  // packed rows of a key/value head; keys rounded up to 32
   const bool stream_dq, stream_dk, stream_dv;  // written past the caches
   int64_t segment, splits;
+  bool narrow = false;  // segments of rows that see few keys: the inputs of the next are asked for
   int64_t ring;  // strips of keys whose sums are kept at a time; those of strip x lie at x % ring
 
   Backward(const AttentionParams& params, int threads)
@@ -91,7 +92,8 @@ struct Backward {
       // Narrow windows: all that a segment takes, and the sums of the keys that it sees, fit the second-level cache.
       const int64_t most = segment;
       segment = most < kNarrowSegment ? most : kNarrowSegment;
-      if (most_strips() * 32 > 2 * kNarrowSegment) segment = most;
+      narrow = segment < rows && most_strips() * 32 <= 2 * kNarrowSegment;
+      if (!narrow) segment = most;
       ring = most_strips();
     }
   }
@@ -517,6 +519,23 @@ struct Task {
     std::memset(strip_of_dv(strip), 0, 4 * 1024 * f.v_steps);
   }
 
+  // Aims at the segment of rows from `row` on, with the keys from `known` on; behind the last, at the next head's first.
+  void aim_at_following(int64_t row, int64_t known) const {
+    int64_t batch = b, kv_head = h;
+    next.aim_at_nothing();
+    if (row >= f.rows) {
+      row = known = 0;
+      if (++kv_head == f.Hkv) {
+        kv_head = 0;
+        if (++batch == f.B) return;
+      }
+    }
+    const int64_t end = row + f.segment < f.rows ? row + f.segment : f.rows;
+    const int64_t first_key = f.p.range.lo.at(row / f.G, f.Nk), end_key = f.p.range.hi.at((end - 1) / f.G, f.Nk);
+    next.also({&f.p.q, &f.p.dout, &f.p.out}, batch, kv_head * f.G, f.G, row / f.G, (end - 1) / f.G + 1);
+    next.also({&f.p.k, &f.p.v}, batch, kv_head, 1, first_key > known ? first_key : known, end_key);
+  }
+
   void run() const {
     std::memset(m.dk_begun, 0, f.ring);
     const int64_t strips = f.keys / 32;
@@ -526,6 +545,7 @@ struct Task {
       const int64_t row0 = (round * f.splits + (round % 2 ? f.splits - 1 - split : split)) * f.segment;
       if (row0 >= f.rows) continue;
       const int count = static_cast<int>(f.rows - row0 < f.segment ? f.rows - row0 : f.segment);
+      if (f.narrow) aim_at_following(row0 + f.segment, f.p.range.hi.at((row0 + count - 1) / f.G, f.Nk));
       load_segment(row0, count);
       if (f.splits == 1) store_keys(stored, m.lo[0] / 32);
       const int64_t begin = m.lo[0] / kBlock * kBlock, end = m.hi[count - 1];

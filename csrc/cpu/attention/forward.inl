@@ -24,6 +24,7 @@ class Forward {
     out_in_place_ = v_in_place_ && rows_of(p.out, storage, 0, 0, p.group()).uniform_stride(p.n_queries()) != 0;
 
     splits_ = splits_of_keys(p);
+    narrow_ = splits_ == 1 && blocks_.count() > 1 && blocks_see_one_tile();
 
     const auto part = [&](int64_t count) { return layout_.add(static_cast<size_t>(count) * sizeof(F)); };
     tile_at_ = layout_.add(sizeof(TileRows));
@@ -47,8 +48,14 @@ class Forward {
     {
       Work w(*this, thread_scratch(ScratchUse::kTask, layout_.total()));
       // The heads in turn, the last (with a causal range: the longest) block of rows first.
+      const auto run_task = [&](int64_t t) { block(w, t / blocks, blocks - 1 - t % blocks, nullptr); };
+      if (narrow_) {  // blocks are alike, and each asks for the inputs of the one before: long runs
+#pragma omp for schedule(guided)
+        for (int64_t t = 0; t < tasks; ++t) run_task(t);
+      } else {
 #pragma omp for schedule(dynamic, at_once)
-      for (int64_t t = 0; t < tasks; ++t) block(w, t / blocks, blocks - 1 - t % blocks, nullptr);
+        for (int64_t t = 0; t < tasks; ++t) run_task(t);
+      }
       stream_fence();
     }
   }
@@ -66,6 +73,37 @@ class Forward {
  private:
   // Up to so many rows, their scores are dot products with keys as they lie.
   static constexpr int kFewRows = 4;
+
+  // Whether each block of rows sees so few keys (a window) that it takes them in one tile.
+  bool blocks_see_one_tile() const {
+    for (int64_t block = 0; block < blocks_.count(); ++block)
+      if (const Keys keys = keys_of(block); keys.end - keys.begin > kMostTileKeys) return false;
+    return true;
+  }
+  struct Keys {
+    int64_t begin, end;
+  };
+  Keys keys_of(int64_t block) const {
+    const int64_t first = blocks_.first(block), last = first + blocks_.rows_of(block) - 1;
+    return {p_.range.lo.at(first / p_.group(), p_.n_keys()) / kKeyAlignment * kKeyAlignment,
+            p_.range.hi.at(last / p_.group(), p_.n_keys())};
+  }
+
+  // Aims at what the task after (sequence, block) reads and this one does not.
+  void aim_at_following(NextInputs& next, int64_t sequence, int64_t block) const {
+    next.aim_at_nothing();
+    int64_t known = keys_of(block).begin;  // the keys from here on are in the caches
+    if (--block < 0) {
+      block = blocks_.count() - 1;
+      known = p_.n_keys();
+      if (++sequence == p_.batch() * p_.kv_heads()) return;
+    }
+    const Keys keys = keys_of(block);
+    const int64_t b = sequence / p_.kv_heads(), kv_head = sequence % p_.kv_heads(), group = p_.group();
+    const int64_t end = keys.end < known ? keys.end : known, first = blocks_.first(block);
+    next.also({&p_.k, &p_.v}, b, kv_head, 1, keys.begin, end);
+    next.also({&p_.q}, b, kv_head * group, group, first / group, (first + blocks_.rows_of(block) - 1) / group + 1);
+  }
 
   // What a thread works with.
   struct Work {
@@ -180,7 +218,10 @@ class Forward {
       store(w.rows.sum + r, zero<F>());
     }
 
-    w.next.aim(p_, {&p_.k, &p_.q, &p_.v}, b, kv_head);
+    if (narrow_)
+      aim_at_following(w.next, sequence, block_index);
+    else
+      w.next.aim(p_, {&p_.k, &p_.q, &p_.v}, b, kv_head);
     int64_t keys_begin = tile.keys_begin, keys_end = tile.keys_end;
     if (part) {
       const auto cut = [&](int64_t s) {
@@ -269,6 +310,7 @@ class Forward {
   RowBlocks blocks_;
   bool few_rows_, q_in_place_, v_in_place_, out_in_place_;
   int64_t splits_;  // of the keys of a task
+  bool narrow_;     // blocks_see_one_tile
   ScratchLayout layout_;
   size_t tile_at_, scores_at_, out_at_, k_at_, v_at_, q_at_, rows_at_, keep_at_, additive_at_;
 };

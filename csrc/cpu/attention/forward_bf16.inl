@@ -171,7 +171,20 @@ struct Task {
         count(static_cast<int>(f.rows - row0 < kRows ? f.rows - row0 : kRows)),
         factor(f.modified ? 1.f : f.scale * kLog2ef),
         per_factor(1.f / factor) {
-    next.aim(f.p, {&f.p.k, &f.p.q, &f.p.v}, b, h);
+    if (f.own && f.narrow)
+      aim_at_following(block);
+    else
+      next.aim(f.p, {&f.p.k, &f.p.q, &f.p.v}, b, h);
+  }
+
+  // Aims at the rows of the next block, and the keys that are packed for it.
+  void aim_at_following(int64_t block) const {
+    next.aim_at_nothing();
+    if (++block == f.blocks) return;
+    const int64_t first = block * kRows, end = first + kRows < f.rows ? first + kRows : f.rows;
+    const int64_t packed = (f.end_key(block - 1) + 31) & ~int64_t{31}, key = f.first_key(block);
+    next.also({&f.p.k, &f.p.v}, b, h, 1, key > packed ? key : packed, f.end_key(block));
+    next.also({&f.p.q}, b, h * f.G, f.G, first / f.G, (end - 1) / f.G + 1);
   }
 
   int64_t query(int r) const { return f.G == 1 ? row0 + r : (row0 + r) / f.G; }
@@ -450,7 +463,10 @@ struct Task {
                   f.score_stride);
     });
     first_tops(r0, r1, from, 0, keys);
-    for (int r = r0; r < r1; ++r) exponentials(r, from, span(r, from, 0, keys), true);
+    for (int r = r0; r < r1; ++r) {
+      exponentials(r, from, span(r, from, 0, keys), true);
+      next.ask(f.steps);
+    }
     bool first = true;
     for_each_piece(from, to, [&](int64_t at, int column, int n) {
       accumulate_strip<1>(r0, v + at * f.v_steps * 32, m.prob + column, n / 32, first);
@@ -463,6 +479,7 @@ struct Task {
     load_rows();
     bool unseen[kRows / 16];
     for (int r0 = 0; r0 < count; r0 += kNarrowStrip) unseen[r0 / 16] = !narrow_strip(r0, k, v);
+    next.ask_rest();
     finish(unseen);
   }
 

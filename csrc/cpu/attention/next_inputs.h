@@ -1,6 +1,6 @@
-// Short sequences are bound by memory, and each is a page or less, at whose end the hardware's prefetching stops. While
-// one is computed, the inputs of the next are asked for: a few lines here and there between the computations, because
-// the few buffers that wait for memory fill up if many lines are asked for at once.
+// Short sequences and narrow windows are bound by memory, and come in runs of a page or a few, at whose end the hardware's
+// prefetching stops. While one is computed, the inputs of the next are asked for: a few lines here and there between the
+// computations, because the few buffers that wait for memory fill up if many lines are asked for at once.
 #pragma once
 #include "../simd.h"
 #include "attention.h"
@@ -58,7 +58,23 @@ class NextInputs {
     parts_[0] = token_step == row ? Part{data, head_step, kLine, heads, lines(n * row), 1}
                                   : Part{data, head_step, token_step, heads, n, lines(row)};
   }
-  HK_INLINE void aim_at_nothing() { part_ = n_parts_ = 0; }
+  HK_INLINE void aim_at_nothing() {
+    part_ = n_parts_ = 0;
+    head_ = column_ = row_ = 0;
+  }
+  // After that, aims at the tokens [first, end) of `heads` heads of the batch entry b of each input, too.
+  template <int kInputs>
+  HK_INLINE void also(const Tensor* const (&inputs)[kInputs], int64_t b, int64_t head, int64_t heads, int64_t first,
+                      int64_t end) {
+    if (first >= end) return;
+    for (const Tensor* t : inputs) {
+      const int64_t bytes = t->element_bytes(), row = t->size[3] * bytes;
+      const int64_t head_step = t->stride[1] * bytes, token_step = t->stride[2] * bytes;
+      const char* data = t->as<char>() + (b * t->stride[0] + head * t->stride[1] + first * t->stride[2]) * bytes;
+      parts_[n_parts_++] = token_step == row ? Part{data, head_step, kLine, heads, lines((end - first) * row), 1}
+                                             : Part{data, head_step, token_step, heads, end - first, lines(row)};
+    }
+  }
 
   // What a loop of so many turns should ask for, a line each; `otherwise`, which is in the caches, if nothing is left.
   HK_INLINE Lines take(int64_t turns, const void* otherwise) {

@@ -1,6 +1,7 @@
 #include "rowwise.h"
 
 #include "../isa.h"
+#include "../scratch.h"
 
 namespace hierkernels {
 namespace {
@@ -22,12 +23,32 @@ Kernels kernels() {
   return {generic::norm_forward, generic::norm_backward, generic::gelu_forward, generic::gelu_backward, generic::rotary};
 }
 
+void advise(const Tensor& t) {
+  if (t) advise_huge_pages(t.data, static_cast<size_t>(t.span_bytes()));
+}
+
 }  // namespace
 
-void norm_forward(const NormParams& p) { kernels().norm_forward(p); }
-void norm_backward(const NormParams& p) { kernels().norm_backward(p); }
-void gelu_forward(const GeluParams& p) { kernels().gelu_forward(p); }
-void gelu_backward(const GeluParams& p) { kernels().gelu_backward(p); }
-void rotary(const RotaryParams& p) { kernels().rotary(p); }
+void norm_forward(const NormParams& p) {
+  advise(p.out);
+  kernels().norm_forward(p);
+}
+void norm_backward(const NormParams& p) {
+  advise(p.dx);
+  kernels().norm_backward(p);
+}
+void gelu_forward(const GeluParams& p) {
+  advise(p.first);
+  advise(p.second);
+  kernels().gelu_forward(p);
+}
+void gelu_backward(const GeluParams& p) {
+  advise(p.dx);
+  kernels().gelu_backward(p);
+}
+void rotary(const RotaryParams& p) {
+  advise(p.out);
+  kernels().rotary(p);
+}
 
 }  // namespace hierkernels

@@ -188,7 +188,8 @@ def _attention_forward_kernel(
                 v = load_tile(v_ptr, v_at, is_key, DV, BLOCK_DV, LOOP != "split" or phase == 1)
             acc = dot(rounded(p, v.dtype, PRECISION), v, acc, PRECISION)
 
-    lse_at = offsets(row, (n_heads * n_queries, n_queries, 1), PACK, SEVERAL)
+    stride_lse = n_heads * n_queries
+    lse_at = offsets(row, (stride_lse, n_queries, 1), PACK, SEVERAL)
     if PARTS:
         lse_at += (b * n_heads + h) * n_queries
         store_records(

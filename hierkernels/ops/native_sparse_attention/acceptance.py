@@ -39,6 +39,7 @@ class Acceptance:
     inputs: Callable[[torch.dtype], Any]
     holds: Callable[[Any, str], None]
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
+    interpreted: bool = True  # False: an interpreter would take minutes
 
     def check(self, backend: str, dtype: torch.dtype) -> None:
         """Runs the case on a backend, in memory that holds NaN where nothing was written."""
@@ -59,7 +60,7 @@ def accurate(inputs: nsa.Inputs, backend: str) -> None:
 
 
 def accurate_forward(inputs: nsa.Inputs, backend: str) -> None:
-    """out obeys the accuracy rule: an interpreter takes a minute for the gradients."""
+    """out obeys the accuracy rule: an interpreter takes minutes for the gradients."""
     nsa.check_accuracy(inputs, backend, gradients=False)
 
 
@@ -320,7 +321,11 @@ def _lengths() -> Iterator[Acceptance]:
         # Fewer tokens than a window; one token; around blocks; primes.
         for N in (7, 1, 15, 63, 65):
             yield Acceptance(f"{preset}-n{N}", _nsa(preset, N), accurate)
-        yield Acceptance(f"{preset}-n507", _nsa(preset, 507, S=32, Hq=1), accurate_forward)
+        many = _nsa(preset, 507, S=32, Hq=1)
+        yield Acceptance(f"{preset}-n507", many, accurate_forward)
+        yield Acceptance(f"{preset}-n507-gradients", many, accurate, interpreted=False)
+        newest = _nsa(preset, 507, S=32, Hq=1, Nq=33, D=8, Dv=8)
+        yield Acceptance(f"{preset}-n507-newest-queries", newest, accurate)
         for N in (1, 15, 65):
             inputs = _nsa(preset, N, n=max(-(-N // 8), 3))
             yield Acceptance(f"{preset}-all-blocks-n{N}", inputs, is_dense_attention)

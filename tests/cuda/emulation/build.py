@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,19 +43,29 @@ def _compiler() -> str:
     raise NoCompiler("no C++ compiler: set CXX or install g++")
 
 
+def _path(value: object) -> str:
+    """Among ninja's paths."""
+    return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _word(value: object) -> str:
+    """In the text of a command."""
+    return shlex.quote(str(value)).replace("$", "$$")
+
+
 def _ninja_file(cxx: str, target: Path) -> str:
     import pybind11
 
     includes = [
-        f"-isystem {sysconfig.get_paths()['include']}",
-        f"-isystem {pybind11.get_include()}",
+        *("-isystem", _word(sysconfig.get_paths()["include"])),
+        *("-isystem", _word(pybind11.get_include())),
     ]
-    flags = " ".join([*_FLAGS, f"-I{HERE}", f"-I{CSRC}", *includes])
+    flags = " ".join([*_FLAGS, _word(f"-I{HERE}"), _word(f"-I{CSRC}"), *includes])
     compiled = "-MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
     lines = [
-        f"rule cxx\n  command = {cxx} {flags} {compiled}",
-        f"rule kernel\n  command = {cxx} {' '.join(_KERNEL_FLAGS)} {flags} {compiled}",
-        f"rule link\n  command = {cxx} -shared $in -o $out",
+        f"rule cxx\n  command = {_word(cxx)} {flags} {compiled}",
+        f"rule kernel\n  command = {_word(cxx)} {' '.join(_KERNEL_FLAGS)} {flags} {compiled}",
+        f"rule link\n  command = {_word(cxx)} -shared $in -o $out",
     ]
     kernels = (CSRC / "cuda").rglob("*.cu")
     bindings = (CSRC / "bindings_tensor.cpp", CSRC / "cuda" / "bindings.cpp")
@@ -62,9 +73,10 @@ def _ninja_file(cxx: str, target: Path) -> str:
     objects = []
     for source in sorted(sources):
         obj = BUILD / source.relative_to(ROOT).with_suffix(".o")
-        lines.append(f"build {obj}: {'kernel' if source.suffix == '.cu' else 'cxx'} {source}")
-        objects.append(str(obj))
-    return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", ""])
+        rule = "kernel" if source.suffix == ".cu" else "cxx"
+        lines.append(f"build {_path(obj)}: {rule} {_path(source)}")
+        objects.append(_path(obj))
+    return "\n".join([*lines, f"build {_path(target)}: link {' '.join(objects)}", ""])
 
 
 @functools.cache
