@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks import plots, report
@@ -77,9 +77,6 @@ def _name(case: str) -> str:
 def _table(title: str, lines: list[Line], peer: str) -> Iterator[str]:
     """A row a case, a column for each dtype and pass."""
     passes = list(dict.fromkeys(line.direction for line in lines))
-    columns = [(dtype, direction) for dtype in _DTYPES for direction in passes]
-    yield f"| {title} | " + " | ".join(" ".join(column) for column in columns) + " |"
-    yield "|---|" + "---:|" * len(columns)
     cases: dict[str, dict[tuple[str, str], str]] = {}
     for line in lines:
         ratio = line.ratio(peer)
@@ -88,8 +85,24 @@ def _table(title: str, lines: list[Line], peer: str) -> Iterator[str]:
         share = line.rows[line.ours]["extra_info"]["roof_share"]
         cell = f"{ratio:.2f}x ({share:.0%})"
         cases.setdefault(_name(line.case), {})[line.dtype, line.direction] = cell
-    for case, cells in cases.items():
+    measured = {column for cells in cases.values() for column in cells}
+    columns = [(dtype, way) for dtype in _DTYPES for way in passes if (dtype, way) in measured]
+    yield f"| {title} | " + " | ".join(" ".join(column) for column in columns) + " |"
+    yield "|---|" + "---:|" * len(columns)
+    for case in _by_length(cases):
+        cells = cases[case]
         yield f"| {case} | " + " | ".join(cells.get(column, "") for column in columns) + " |"
+
+
+def _by_length(cases: Iterable[str]) -> list[str]:
+    """layer 1024 before layer 4096; what has another name, or shape, stays in its order."""
+    kinds = {case: case if "(" in case else re.sub(r"\d+", "#", case) for case in cases}
+    order = list(dict.fromkeys(kinds.values()))
+
+    def key(case: str) -> tuple[int, list[int]]:
+        return order.index(kinds[case]), [int(number) for number in re.findall(r"\d+", case)]
+
+    return sorted(kinds, key=key)
 
 
 def plots_of(text: str) -> list[tuple[str, Path, Path]]:

@@ -14,7 +14,6 @@ median of a doubling is above the mark.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import itertools
 import json
@@ -31,10 +30,10 @@ from benchmarks import clock, machine
 from benchmarks.measure import median
 from benchmarks.suite import BACKEND_ROWS, Suite, Sweep, bind, load
 from hierkernels.ops.attention.spec import SPEED_DTYPES, dtype_name
+from python_models.freed_memory import keep_freed_memory
 
 SUITES = ("local_attention", "native_sparse_attention")
 MARK = 2.1
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, malloc.h
 
 
 @dataclass(frozen=True)
@@ -75,16 +74,6 @@ class Series:
 
 def _cell(ratio: float | None, mark: float) -> str:
     return f"{'':8}" if ratio is None else f"{ratio:7.2f}{'*' if ratio > mark else ' '}"
-
-
-def keep_freed_memory() -> None:
-    """Tells malloc to map nothing and to return nothing. Raises OSError where that is unknown."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError as error:
-        raise OSError("this C library has no mallopt: use --allocator default") from error
-    if not (mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1)):
-        raise OSError("mallopt refused: use --allocator default")
 
 
 def measure(
@@ -148,8 +137,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write or extend this file")
     options = parser.parse_args()
-    if options.device == "cpu" and options.allocator == "kept":
-        keep_freed_memory()
+    if options.device == "cpu" and options.allocator == "kept" and not keep_freed_memory():
+        parser.error("this system's malloc cannot keep freed memory: use --allocator default")
     print(f"allocator: {options.allocator}; mark: {options.mark}")
     failed = False
     for one in series(options):

@@ -21,7 +21,7 @@ CASES = {case.name: case for case in CORRECTNESS}
 OTHER_LEVELS = (
     "n65", "n507", "logit-n507", "d3", "g6", "not-shared", "l32-d16-s64", "padded-l12-d4-s4",
     "select17", "logit-select17", "forced-paper", "offset-forced", "not-causal-no-own", "ties",
-    "logit-ties", "logit-logits-x1000",
+    "logit-ties", "ties-select6", "ties-select9", "logit-logits-x1000",
 )  # fmt: skip
 
 

@@ -162,6 +162,9 @@ def _blocks() -> Iterator[SelectCase]:
 
 def _values() -> Iterator[SelectCase]:
     yield _case("ties", 300, H=4, Hkv=2, ties=True)
+    for n in (6, 9):  # lists of five to eight, and longer ones, are kept in other ways than four
+        yield _case(f"ties-select{n}", 300, H=4, Hkv=2, n=n, ties=True)
+        yield _logit(f"ties-select{n}", 300, H=4, Hkv=2, n=n, ties=True)
     yield _case("ties-forced", 300, n=6, num_initial=1, num_local=2, ties=True)
     yield _case("ties-paper", 500, B=1, window=32, stride=16, block=64, n=3, H=4, Hkv=1, ties=True)
     yield _logit("ties", 300, H=4, Hkv=2, ties=True)
