@@ -24,7 +24,7 @@ gpu: $(STAMP)
 
 # A worker a core, of one thread each; `.venv/bin/python -m pytest tests` is one process, for a debugger.
 test: build
-	$(BIN)/python -m pytest tests -n auto --dist worksteal -p no:benchmark
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal -p no:benchmark
 
 # Triton kernels for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory.
 compile-gpu: build

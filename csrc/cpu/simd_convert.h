@@ -61,9 +61,15 @@ HK_INLINE Vec<F> load_as(const T* p) {
 #elif defined(__F16C__)
     if constexpr (kSame<T, Float16>) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #endif
+#if defined(__AVX512F__)
+    // g++ converts by halves, or by permutations.
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return decode(static_cast<T*>(nullptr), bit_cast<U32>(bits));
+#else
     U16 bits;
     __builtin_memcpy(&bits, p, sizeof bits);
     return decode(static_cast<T*>(nullptr), __builtin_convertvector(bits, U32));
+#endif
   } else {
     Vec<F> v{};
     for (int i = 0; i < kWidth<F>; ++i) v[i] = static_cast<F>(to_float(p[i]));
@@ -99,8 +105,12 @@ HK_INLINE void store_as(T* p, Vec<F> v) {
       return;
     }
 #endif
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast<__m512i>(encode(p, v))));
+#else
     const U16 bits = __builtin_convertvector(encode(p, v), U16);
     __builtin_memcpy(p, &bits, sizeof bits);
+#endif
   }
 }
 template <class F, class T>
