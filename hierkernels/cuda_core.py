@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,16 @@ def device_reasons(name: str, t: torch.Tensor) -> list[str]:
         if torch.cuda.get_device_capability(t.device) < (8, 0):
             return ["the device has a compute capability below 8.0"]
     return reasons
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors_of(t: torch.Tensor) -> int:
+    """Of the device of t; the emulation has one."""
+    return _multiprocessors(t.device.index) if t.is_cuda else 1
 
 
 def stream_of(t: torch.Tensor) -> int:

@@ -15,7 +15,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 import hierkernels as hk
-from python_models.layers import PlainRMSNorm
+from python_models.layers import Linear, PlainRMSNorm
 
 
 def cut_windows(x: Tensor, size: int, stride: int) -> Tensor:
@@ -43,9 +43,9 @@ class CompressMLP(nn.Sequential):
         hidden = int(dim * expand_factor)
         super().__init__(
             Rearrange("b h w l d -> b h w (l d)"),
-            nn.Linear(dim, hidden),
+            Linear(dim, hidden),
             nn.ReLU(),
-            nn.Linear(hidden, dim_head),
+            Linear(hidden, dim_head),
         )
 
 

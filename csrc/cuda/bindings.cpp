@@ -19,12 +19,12 @@ void bind_attention(py::module_& m) {
   m.def("cuda_attention_forward",
         [](Object q, Object k, Object v, Object bias, Object mask, Object padding, Object seed, Range range, double scale,
            double softcap, double dropout_p, int64_t bias_width, int64_t bias_before, Object out, Object lse,
-           uintptr_t stream) {
+           Object records, uintptr_t stream) {
           AttentionParams p = attention_params(q, k, v, bias, mask, padding, seed, range, scale, softcap, dropout_p,
                                                bias_width, bias_before);
           p.out = tensor(out);
           p.lse = tensor(lse);
-          cuda::attention_forward(p, handle(stream));
+          cuda::attention_forward(p, tensor(records), handle(stream));
         });
   m.def("cuda_attention_bias_slices",
         [](Object q, Object k, Object v, Object bias, Object mask, Object padding, Object seed, Range range, double scale,

@@ -13,8 +13,9 @@
 namespace hierkernels::cuda {
 
 // q, k, v, out of float32, bfloat16 or float16, up to 256 channels, last stride 1; lse, dlse and delta float32,
-// contiguous. p.seed_at is on the device.
-void attention_forward(const AttentionParams& p, void* stream);
+// contiguous. p.seed_at is on the device. records, optional, is memory (parts, rows * (Dv + 2)) of float32: so many blocks
+// share the keys of each tile of rows.
+void attention_forward(const AttentionParams& p, const Tensor& records, void* stream);
 
 // delta (B, Hq, Nq) is written: rowsum(out * dout) - dlse. p.dbias, if there, is (slices, elements of the bias) of
 // float32: the gradient in as many parts as attention_bias_slices says, to be added.

@@ -114,7 +114,7 @@ def test_no_access_outside_of_the_tensors(emulated_cuda: ModuleType) -> None:
     call = make_inputs(_case("bounds", N=40, is_causal=True), BF16).call()
     out, lse = call.new_outputs()
     with pytest.raises(RuntimeError, match=r"attention_forward, .*store of 4 bytes .*in no tensor"):
-        emulated_cuda.cuda_attention_forward(*call.arguments(), out, lse[:, :1], 0)
+        emulated_cuda.cuda_attention_forward(*call.arguments(), out, lse[:, :1], None, 0)
 
 
 # ---- refusals ----

@@ -55,7 +55,7 @@ def test_all_else_goes_to_the_kernels_of_sm_80(
     call = make_inputs(case, dtype).call()
     hopper.take_counts()
     out, lse = call.new_outputs()
-    hopper.cuda_attention_forward(*call.arguments(), out, lse, 0)
+    hopper.cuda_attention_forward(*call.arguments(), out, lse, None, 0)
     counts = hopper.take_counts()
     assert counts["wgmma"] == counts["tensor_copies"] == 0
     assert counts["mma"] > 0

@@ -57,12 +57,15 @@ HK_INLINE void tile_dot() {
 // A: rows a_stride bf16 apart, the second row tile a_down on, the next step a_step on.
 // B: the second column tile b_right on, the next step b_step on.
 // ahead: what a later product reads. Not asked for: that was not measured with tiles.
+// begin, end: pairs of terms of the first and the last step outside of which A is 0; tiles take whole steps.
 template <int RT, int CT>
 HK_INLINE void accumulate(const TileGrid& c, bool first, const bf16* a, int64_t a_stride, int64_t a_down,
                           int64_t a_step, const bf16* b, int64_t b_right, int64_t b_step, int count,
-                          const void* ahead = nullptr) {
+                          const void* ahead = nullptr, int begin = 0, int end = 16) {
   static_assert(RT <= 2 && CT <= 2);
   static_cast<void>(ahead);
+  static_cast<void>(begin);
+  static_cast<void>(end);
   const int64_t c_bytes = c.stride * 4, a_bytes = a_stride * 2;
   if (first) {
     tile_zero<0>();

@@ -12,11 +12,12 @@ struct [[maybe_unused]] ProductSession {};  // nothing to set up
 [[maybe_unused]] constexpr bool kNarrowStrips = true;
 
 // Eight rows x 16 CT columns in registers: sixteen sums hide the latency of their products. kAhead: lines from `ahead`
-// on are asked for, two in each step of 32 terms.
-template <int CT, bool kAhead = false>
+// on are asked for, two in each step of 32 terms. kPart: without the pairs of terms before `begin` in the first step, and
+// those from `end` on in the last.
+template <int CT, bool kAhead = false, bool kPart = false>
 HK_INLINE void accumulate_rows(float* c, int64_t c_stride, int64_t c_right, bool first, const bf16* a, int64_t a_stride,
                                int64_t a_step, const bf16* b, int64_t b_right, int64_t b_step, int count,
-                               const char* ahead = nullptr) {
+                               const char* ahead = nullptr, int begin = 0, int end = 16) {
   constexpr int kRows = 8;
   __m512 sum[kRows][CT];
 #pragma GCC unroll 8
@@ -29,7 +30,8 @@ HK_INLINE void accumulate_rows(float* c, int64_t c_stride, int64_t c_right, bool
       __builtin_prefetch(ahead + 64, 0, 2);
       ahead += 128;
     }
-    for (int pair = 0; pair < 16; ++pair) {
+    const int from = kPart && s == 0 ? begin : 0, to = kPart && s + 1 == count ? end : 16;
+    for (int pair = from; pair < to; ++pair) {
       __m512bh right[CT];
 #pragma GCC unroll 2
       for (int t = 0; t < CT; ++t)
@@ -51,9 +53,11 @@ HK_INLINE void accumulate_rows(float* c, int64_t c_stride, int64_t c_right, bool
 }
 
 // ahead: count times RT * 256 bytes that a later product reads, asked for meanwhile; none if null.
+// begin, end: as in accumulate_rows; A is 0 in what they leave out. Not together with `ahead`.
 template <int RT, int CT>
 void accumulate(const TileGrid& c, bool first, const bf16* a, int64_t a_stride, int64_t a_down, int64_t a_step,
-                const bf16* b, int64_t b_right, int64_t b_step, int count, const void* ahead = nullptr) {
+                const bf16* b, int64_t b_right, int64_t b_step, int count, const void* ahead = nullptr, int begin = 0,
+                int end = 16) {
   static_assert(RT <= 2 && CT <= 2);
   const char* lines = static_cast<const char*>(ahead);
   for (int down = 0; down < RT; ++down)
@@ -63,6 +67,9 @@ void accumulate(const TileGrid& c, bool first, const bf16* a, int64_t a_stride, 
       if (lines) {
         accumulate_rows<CT, true>(to, c.stride, c.right, first, rows, a_stride, a_step, b, b_right, b_step, count, lines);
         lines += count * 128;
+      } else if (begin != 0 || end != 16) {
+        accumulate_rows<CT, false, true>(to, c.stride, c.right, first, rows, a_stride, a_step, b, b_right, b_step, count,
+                                         nullptr, begin, end);
       } else {
         accumulate_rows<CT>(to, c.stride, c.right, first, rows, a_stride, a_step, b, b_right, b_step, count);
       }

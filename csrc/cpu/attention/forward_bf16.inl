@@ -405,17 +405,20 @@ struct Task {
     }
   }
 
-  // O of the strip += P V over `count` times 32 keys.
+  // O of the strip += P V over `count` times 32 keys; begin, end: the pairs of keys of the first 32 and of the last
+  // outside of which P is 0.
   template <int RT>
-  void accumulate_strip(int r0, const bf16* v, const bf16* prob, int count, bool first) const {
+  void accumulate_strip(int r0, const bf16* v, const bf16* prob, int count, bool first, int begin = 0, int end = 16) const {
     const int64_t v_block = f.v_steps * 2 * kTile;  // packed elements of 32 keys
     const int columns = (f.Dv + 15) / 16;
     for (int c = 0; c < columns; c += 2) {
       const TileGrid o{m.o + r0 * f.o_stride + c * 16, f.o_stride, 16 * f.o_stride, 16};
       if (c + 1 < columns)
-        accumulate<RT, 2>(o, first, prob, f.prob_stride, 16 * f.prob_stride, 32, v + c * kTile, kTile, v_block, count);
+        accumulate<RT, 2>(o, first, prob, f.prob_stride, 16 * f.prob_stride, 32, v + c * kTile, kTile, v_block, count,
+                          nullptr, begin, end);
       else
-        accumulate<RT, 1>(o, first, prob, f.prob_stride, 16 * f.prob_stride, 32, v + c * kTile, kTile, v_block, count);
+        accumulate<RT, 1>(o, first, prob, f.prob_stride, 16 * f.prob_stride, 32, v + c * kTile, kTile, v_block, count,
+                          nullptr, begin, end);
     }
   }
 
@@ -444,6 +447,63 @@ struct Task {
     return true;
   }
 
+  // What row r of a narrow strip sees of its keys, which begin at `from`: vectors of 16, of which the first and the last
+  // may be partly visible.
+  struct Vectors {
+    int begin, end;
+    __mmask16 first, last;
+  };
+  Vectors vectors(int r, int64_t from) const {
+    const int lo = m.lo[r] - static_cast<int>(from), hi = m.hi[r] - static_cast<int>(from);
+    if (lo >= hi) return {0, 0, 0, 0};
+    const int begin = lo / 16, end = (hi + 15) / 16;
+    return {begin, end, static_cast<__mmask16>(~first_lanes16(lo - 16 * begin) & first_lanes16(hi - 16 * begin)),
+            first_lanes16(hi - 16 * (end - 1))};
+  }
+
+  // first_tops of a narrow strip.
+  void narrow_tops(int r0, int r1, const Vectors* seen) const {
+    const __m512 none = _mm512_set1_ps(-INFINITY);
+    alignas(64) float lanes[16 * 16];
+    for (int r = r0; r < r1; ++r) {
+      const Vectors& x = seen[r - r0];
+      const float* s = score_row(r);
+      __m512 a = none, b = none;
+      if (x.begin < x.end) {
+        a = _mm512_mask_mov_ps(none, x.first, _mm512_load_ps(s + 16 * x.begin));
+        for (int i = x.begin + 1; i + 1 < x.end; ++i) b = _mm512_max_ps(b, _mm512_load_ps(s + 16 * i));
+        if (x.end - x.begin > 1) a = _mm512_mask_max_ps(a, x.last, a, _mm512_load_ps(s + 16 * (x.end - 1)));
+      }
+      _mm512_store_ps(lanes + (r - r0) * 16, _mm512_max_ps(a, b));
+      next.ask(f.steps);
+    }
+    const __m512 raw = reduce16<Max>(lanes);
+    const __mmask16 empty = _mm512_cmp_ps_mask(raw, none, _CMP_EQ_OQ);
+    _mm512_storeu_ps(m.top + r0, _mm512_mask_mov_ps(_mm512_mul_ps(raw, _mm512_set1_ps(factor)), empty, _mm512_set1_ps(kLowest)));
+  }
+
+  // Numerators of row r of a narrow strip of `all` vectors, 0 where it sees nothing, and their sum, lane by lane.
+  void narrow_exponentials(int r, const Vectors& x, int all) const {
+    const float* s = score_row(r);
+    bf16* out = m.prob + strip_row(r) * f.prob_stride;
+    const __m512 c = _mm512_set1_ps(factor), top = _mm512_set1_ps(m.top[r]);
+    const auto put = [&](int i, __m512 y) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out + 16 * i), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(y)));
+      return y;
+    };
+    const auto numerators = [&](int i) { return exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + 16 * i), c, top)); };
+    for (int i = 0; i < x.begin; ++i) put(i, _mm512_setzero_ps());
+    __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0;
+    if (x.begin < x.end) {
+      sum0 = put(x.begin, _mm512_maskz_mov_ps(x.first, numerators(x.begin)));
+      for (int i = x.begin + 1; i + 1 < x.end; ++i) sum1 = _mm512_add_ps(sum1, put(i, numerators(i)));
+      if (x.end - x.begin > 1)
+        sum0 = _mm512_add_ps(sum0, put(x.end - 1, _mm512_maskz_mov_ps(x.last, numerators(x.end - 1))));
+    }
+    for (int i = x.end; i < all; ++i) put(i, _mm512_setzero_ps());
+    _mm512_store_ps(m.sum + 16 * r, _mm512_add_ps(sum0, sum1));
+  }
+
   // A narrow strip of rows against all its keys; returns whether any was seen. k, v: the packs of the head.
   bool narrow_strip(int r0, const bf16* k, const bf16* v) const {
     const int r1 = r0 + kNarrowStrip < count ? r0 + kNarrowStrip : count;
@@ -462,15 +522,18 @@ struct Task {
       score_tiles(m.q + r0 * f.steps * 32, f.steps * 32, k + at * f.steps * 32, (n + 15) / 16, f.steps, m.s + column,
                   f.score_stride);
     });
-    first_tops(r0, r1, from, 0, keys);
+    Vectors seen[kNarrowStrip];
+    for (int r = r0; r < r1; ++r) seen[r - r0] = vectors(r, from);
+    narrow_tops(r0, r1, seen);
     for (int r = r0; r < r1; ++r) {
-      exponentials(r, from, span(r, from, 0, keys), true);
+      narrow_exponentials(r, seen[r - r0], keys / 16);
       next.ask(f.steps);
     }
-    bool first = true;
+    // Half of the first 32 keys, and of the last, may be seen by no row.
+    const int skip = (lo & 16) / 2, rest = hi % 32 > 0 && hi % 32 <= 16 ? 8 : 16;
     for_each_piece(from, to, [&](int64_t at, int column, int n) {
-      accumulate_strip<1>(r0, v + at * f.v_steps * 32, m.prob + column, n / 32, first);
-      first = false;
+      accumulate_strip<1>(r0, v + at * f.v_steps * 32, m.prob + column, n / 32, column == 0, column == 0 ? skip : 0,
+                          column + n == keys ? rest : 16);
     });
     return true;
   }

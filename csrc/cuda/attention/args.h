@@ -34,6 +34,11 @@ struct AttentionArgs {
   const int64_t* seed;  // null: no dropout
   uint32_t dropout_threshold;
 
+  // Few rows, many keys: `parts` blocks (1: none) share the keys of a tile and leave records, see combine.cu.
+  int parts;
+  float* records;
+  int64_t n_records;
+
   // The gradient of the bias: sums over `slices` parts of what shares an element, each of the bias's shape.
   float* dbias;
   int64_t bias_size[4];
@@ -132,6 +137,14 @@ __device__ __forceinline__ Tiles key_tiles(const AttentionArgs& p, int first, in
   const Span top{static_cast<int>(p.range.lo.at(i, p.n_keys)), static_cast<int>(p.range.hi.at(i, p.n_keys))};
   const Span bottom{static_cast<int>(p.range.lo.at(j, p.n_keys)), static_cast<int>(p.range.hi.at(j, p.n_keys))};
   return {{top.begin / kSize * kSize, bottom.end}, {bottom.begin, top.end}};
+}
+
+// The share of one of `parts` blocks of the keys that a tile's rows see, in tiles of kSize.
+template <int kSize>
+__device__ __forceinline__ Span share_of(const Span& visit, int number, int parts) {
+  const int tiles = (visit.end - visit.begin + kSize - 1) / kSize, each = tiles <= 0 ? 0 : (tiles + parts - 1) / parts;
+  const int begin = visit.begin + number * each * kSize, end = begin + each * kSize;
+  return {begin, end < visit.end ? end : visit.end};
 }
 
 // Of kSize rows each, for the keys [first, last].

@@ -42,6 +42,7 @@ AttentionArgs make_args(const AttentionParams& p) {
   a.dropout_scale = static_cast<float>(1 / (1 - p.dropout_p));
   a.dropout_threshold = dropout_threshold(p.dropout_p);
   a.seed = p.seed_at;
+  a.parts = 1;
   for (int d = 0; d < 4; ++d) a.bias_size[d] = p.bias.size[d];
   a.slices = 1;
   return a;
@@ -66,6 +67,7 @@ void add_kernels(std::vector<KernelInfo>& to) {
 
 std::vector<KernelInfo> attention_kernels() {
   std::vector<KernelInfo> kernels{{"attention_delta_kernel", kDeltaThreads, 0},
+                                  {"attention_combine_kernel", kCombineThreads, kCombineShared},
                                   {"attention_bias_gradient_kernel", kAttentionThreads, BiasGradientShape<float>::kShared}};
   add_kernels<64>(kernels);
   add_kernels<128>(kernels);
@@ -74,8 +76,16 @@ std::vector<KernelInfo> attention_kernels() {
   return kernels;
 }
 
-void attention_forward(const AttentionParams& p, void* stream) {
-  if (!run_hopper_attention_forward(p, stream)) run_attention_forward(make_args(p), p.q.dtype, stream);
+void attention_forward(const AttentionParams& p, const Tensor& records, void* stream) {
+  if (!records && run_hopper_attention_forward(p, stream)) return;
+  AttentionArgs a = make_args(p);
+  if (records) {
+    a.parts = static_cast<int>(records.size[0]);
+    a.records = records.as<float>();
+    a.n_records = p.batch() * p.heads() * p.n_queries() * a.parts;
+  }
+  run_attention_forward(a, p.q.dtype, stream);
+  if (records) run_attention_combine(a, stream);
 }
 
 int attention_bias_slices(const AttentionParams& p) { return attention_bias_gradient_slices(make_args(p)); }

@@ -1,4 +1,5 @@
-// Attention forward: a block computes the output of one tile of rows, over the keys that its rows see.
+// Attention forward: a block computes the output of one tile of rows, over the keys that its rows see; or over a part of
+// these, of which it leaves records (combine.cu).
 #include "../common/launch.h"
 #include "kernels.h"
 #include "scores.h"
@@ -104,7 +105,9 @@ __device__ __forceinline__ void compute(const AttentionArgs& p) {
   unsigned char* const k_tiles = q_tile + TileT::bytes(S::kRows);
   unsigned char* const v_tiles = k_tiles + 2 * TileT::bytes(S::kKeys);
 
-  const TileOfRows tile = tile_of_rows<S::kRows>(p);
+  const int number = static_cast<int>(blockIdx.x) / p.parts;
+  const int share = static_cast<int>(blockIdx.x) % p.parts;  // which part of the keys
+  const TileOfRows tile = tile_of_rows<S::kRows>(p, number);
   const int item0 = tile.item0, row0 = tile.row0, warp_row0 = row0 + threadIdx.x / kWarp % S::kWarps * 16 * S::kM;
   const int part = S::kSplit == 1 ? 0 : first_column<S::kWarps, F::kColumns>();
   const auto copy_keys = [&](int n0, int stage) {
@@ -115,7 +118,8 @@ __device__ __forceinline__ void compute(const AttentionArgs& p) {
     copy_rows<T, S::kKeys, kDim, S::kThreads>(v_tiles + stage * TileT::bytes(S::kKeys), p.v, row(p.v));
   };
 
-  const Tiles keys = key_tiles<S::kKeys>(p, row0, tile.last);
+  Tiles keys = key_tiles<S::kKeys>(p, row0, tile.last);
+  if (p.parts > 1) keys.visit = share_of<S::kKeys>(keys.visit, share, p.parts);
   copy_rows<T, S::kRows, kDim, S::kThreads>(
       q_tile, p.q, [&](int r) { return row_address<const T>(p.q, query_at(p, item0, row0 + r)); });
   if (keys.visit.begin < keys.visit.end) copy_keys(keys.visit.begin, 0);
@@ -159,13 +163,32 @@ __device__ __forceinline__ void compute(const AttentionArgs& p) {
     float total = state.total[x];
     total += __shfl_xor_sync(kAllLanes, total, 1);
     total += __shfl_xor_sync(kAllLanes, total, 2);
-    const float factor = total == 0.f ? 0.f : p.dropout_scale / total;
+    const float factor = p.parts > 1 ? 1.f : total == 0.f ? 0.f : p.dropout_scale / total;
 #pragma unroll
     for (int n = 0; n < F::kColumns / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) acc.x[x / 2][n][x % 2 * 2 + e] *= factor;
     const Query q = query_at(p, item0, warp_row0 + sums_row(x / 2, x % 2 * 2));
-    if (q.real && part == 0 && threadIdx.x % 4 == 0) p.lse[lse_index(p, q)] = total == 0.f ? -infinity() : state.top[x] + logf(total);
+    if (!q.real || part != 0 || threadIdx.x % 4 != 0) continue;
+    if (p.parts == 1) {
+      p.lse[lse_index(p, q)] = total == 0.f ? -infinity() : state.top[x] + logf(total);
+    } else {
+      float* const top = p.records + p.n_records * p.out.channels + lse_index(p, q) * p.parts + share;
+      *top = state.top[x];
+      top[p.n_records] = total;
+    }
+  }
+  if (p.parts > 1) {
+    Rows to{};
+    to.channels = p.out.channels;
+    to.paired = p.out.channels % 2 == 0;
+    to.dtype = DType::kFloat32;
+    const auto record = [&](int m, int half) -> float* {
+      const Query q = query_at(p, item0, warp_row0 + sums_row(m, 2 * half));
+      return q.real ? p.records + (lse_index(p, q) * p.parts + share) * p.out.channels : nullptr;
+    };
+    store_rows<float>(to, acc, 1.f, record, part);
+    return;
   }
   const auto row = [&](int m, int half) {
     return row_address<T>(p.out, query_at(p, item0, warp_row0 + sums_row(m, 2 * half)));
@@ -182,8 +205,8 @@ __global__ void __launch_bounds__(kAttentionThreads, ForwardShape<Number16, kDim
 template <class T, int kDim>
 void run(AttentionArgs p, void* stream) {
   using S = ForwardShape<T, kDim>;
-  p.items_per_tile = items_in_tile(p, S::kRows, S::kKeys);
-  const int64_t blocks = count_blocks(p, p.rows_per_item, S::kRows);
+  p.items_per_tile = p.parts > 1 ? 1 : items_in_tile(p, S::kRows, S::kKeys);
+  const int64_t blocks = count_blocks(p, p.rows_per_item, S::kRows) * p.parts;
   launch("attention_forward", attention_forward_kernel<kDim>, blocks, S::kThreads, S::kShared, stream, p);
 }
 

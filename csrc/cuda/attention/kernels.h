@@ -10,6 +10,8 @@ void run_attention_query_gradient(const AttentionArgs& p, DType dtype, void* str
 void run_attention_key_gradient(const AttentionArgs& p, DType dtype, void* stream);
 void run_attention_bias_gradient(const AttentionArgs& p, DType dtype, void* stream);
 int attention_bias_gradient_slices(const AttentionArgs& p);
+// out and lse from the records of forward's blocks.
+void run_attention_combine(const AttentionArgs& p, void* stream);
 // delta = rowsum(out * dout) - dlse, where there is one.
 void run_attention_delta(const Tensor& out, const Tensor& dout, const Tensor& dlse, const Tensor& delta, void* stream);
 
@@ -48,19 +50,19 @@ inline int64_t count_blocks(const AttentionArgs& p, int length, int size) {
   return static_cast<int64_t>((length + size - 1) / size) * p.items;
 }
 
-// The rows of a block: from row0 on, `last` is the last that there is.
+// The rows of a block, or of the blocks that share its keys: from row0 on, `last` is the last that there is.
 struct TileOfRows {
   int item0, row0, last;
 };
 
 template <int kRows>
-__device__ __forceinline__ TileOfRows tile_of_rows(const AttentionArgs& p) {
-  if (p.items_per_tile > 1) return {static_cast<int>(blockIdx.x) * p.items_per_tile, 0, 0};
+__device__ __forceinline__ TileOfRows tile_of_rows(const AttentionArgs& p, int number) {
+  if (p.items_per_tile > 1) return {number * p.items_per_tile, 0, 0};
   const int tiles = (p.rows_per_item + kRows - 1) / kRows;
   // The last rows of a causal range have the most keys: they start first.
-  const int row0 = (tiles - 1 - static_cast<int>(blockIdx.x) % tiles) * kRows;
+  const int row0 = (tiles - 1 - number % tiles) * kRows;
   const int end = row0 + kRows < p.rows_per_item ? row0 + kRows : p.rows_per_item;
-  return {static_cast<int>(blockIdx.x) / tiles, row0, end - 1};
+  return {number / tiles, row0, end - 1};
 }
 
 // The keys of a block.

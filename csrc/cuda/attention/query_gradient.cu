@@ -57,7 +57,7 @@ __device__ __forceinline__ void compute(const AttentionArgs& p) {
   unsigned char* const k_tiles = dout_tile + TileT::bytes(S::kRows);
   unsigned char* const v_tiles = k_tiles + 2 * TileT::bytes(S::kKeys);
 
-  const TileOfRows tile = tile_of_rows<S::kRows>(p);
+  const TileOfRows tile = tile_of_rows<S::kRows>(p, static_cast<int>(blockIdx.x));
   const int item0 = tile.item0, row0 = tile.row0, warp_row0 = row0 + threadIdx.x / kWarp % S::kWarps * 16 * S::kM;
   const int part = S::kSplit == 1 ? 0 : first_column<S::kWarps, kColumns>();
   const auto copy_queries = [&](unsigned char* to, const Rows& t) {

@@ -66,4 +66,7 @@ __device__ __forceinline__ int first_column() {
 
 constexpr int kDeltaThreads = 8 * kWarp;  // a warp for each row
 
+constexpr int kCombineThreads = 8 * kWarp, kCombineChannels = 256;
+constexpr int kCombineShared = kCombineThreads / kWarp * kCombineChannels * static_cast<int>(sizeof(float));
+
 }  // namespace hierkernels::cuda

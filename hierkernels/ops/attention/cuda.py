@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from hierkernels.cuda_core import core, device_reasons, on_device_of, stream_of
+from hierkernels.cuda_core import (
+    core,
+    device_reasons,
+    multiprocessors_of,
+    on_device_of,
+    stream_of,
+)
+from hierkernels.key_parts import count_parts
 from hierkernels.ops.attention.call import AttentionCall
 from hierkernels.refusals import GPU_DTYPES, channel_reasons, dtype_reasons
 
 MAX_DIM = 256
 MAX_LENGTH = 2**31 - 2**16  # rows and keys are 32-bit integers, up to a tile beyond the last
+_MOST_ROWS = 128  # from so many on, kernels for sm_90a may compute a call
 _MIN_TILE = 16  # rows or keys; there are at most 2**31 - 1 blocks
 
 
@@ -28,13 +36,26 @@ def supports(call: AttentionCall) -> list[str]:
     return reasons
 
 
+def _records(call: AttentionCall, lse: torch.Tensor) -> torch.Tensor | None:
+    """Memory for what blocks leave that share the keys of a tile; None if none do."""
+    (B, _, Nq, _), (Hkv, Nk) = call.q.shape, call.k.shape[1:3]
+    rows = Nq * call.group
+    if rows >= _MOST_ROWS:
+        return None
+    lo, hi = call.key_range
+    keys = max(hi.at_query(Nq - 1, Nk) - lo.at_query(0, Nk), 0)
+    parts = count_parts(multiprocessors_of(call.q), B * Hkv, rows, keys)
+    return None if parts == 1 else lse.new_empty(parts, lse.numel() * (call.v.shape[3] + 2))
+
+
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse)."""
     out, lse = call.new_outputs()
     if out.numel() == 0 or call.k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     with on_device_of(call.q):
-        core().cuda_attention_forward(*call.arguments(), out, lse, stream_of(call.q))
+        records = _records(call, lse)
+        core().cuda_attention_forward(*call.arguments(), out, lse, records, stream_of(call.q))
     return out, lse
 
 
