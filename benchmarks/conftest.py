@@ -102,7 +102,7 @@ def measurements(
     meter.probe()
     say(f"roof: {meter.roof}")
     yield Measurements(meter, config.getoption("seconds"), say, len(groups))
-    meter.probe()
+    meter.probe_again()
     say(f"roof: {meter.roof}")
 
 

@@ -91,11 +91,12 @@ class Measurements:
     def _measure(self, group: Group, rows: Sequence[str]) -> dict[str, RowResult]:
         problem = self._problem_of(group)
         results = {row: RowResult() for row in rows}
+        plain: dict[str, clock.Run] = {}
         runs: dict[str, clock.Run] = {}
         first: dict[str, float] = {}
         for row, result in results.items():
             try:
-                runs[row], first[row] = self._prepare(row, group, problem, result)
+                plain[row], runs[row], first[row] = self._prepare(row, group, problem, result)
             except Unsupported as error:
                 result.skipped = str(error)
             except AssertionError as error:
@@ -103,14 +104,17 @@ class Measurements:
         for row, samples in clock.interleave(self.clock, runs, first, self.budget_s).items():
             results[row].samples = samples
             self._describe(group, results[row])
+        # Last, because it gives free memory back, and who takes it again pays for it.
+        for row, run in plain.items():
+            results[row].extra_info["peak_extra_bytes"] = memory.peak_extra(run, self.device)
         return results
 
     def _prepare(
         self, row: str, group: Group, problem: Problem, result: RowResult
-    ) -> tuple[clock.Run, float]:
-        """The row's quickest candidate that works, checked, and roughly the seconds of a call.
+    ) -> tuple[clock.Run, clock.Run, float]:
+        """The row's quickest candidate that works, as it is and as the clock wants it.
 
-        Fills in errors and peak memory.
+        With roughly the seconds of a call. Checks it, and fills in its errors.
         """
         best: tuple[float, Candidate, dict[str, float], clock.Run] | None = None
         for candidate in group.suite.candidates(row, problem.inputs, group.direction):
@@ -131,15 +135,11 @@ class Measurements:
             raise Unsupported(result.skipped)
         result.skipped = ""
         seconds, candidate, errors, run = best
-        result.extra_info = {
-            "errors": errors,
-            "peak_extra_bytes": memory.peak_extra(run, self.device),
-            "variant": candidate.label,
-        }
+        result.extra_info = {"errors": errors, "variant": candidate.label}
         prepared = self.clock.prepare(run)
         if prepared is not run:
             seconds = clock.quickest(self.clock, prepared)
-        return prepared, seconds
+        return run, prepared, seconds
 
     def _describe(self, group: Group, result: RowResult) -> None:
         """Adds FLOPs, bytes, and rates at the median time; the run's end adds the roof's share."""

@@ -27,7 +27,7 @@ MOVED = {  # bytes read and written at a time; the last is beyond any cache
     "cuda": (2**26, 2**28, 2**30, 2**32),
 }
 LONG_ROUNDS, SHORT_ROUNDS = 5, 2  # a round is one product, or one move, of each size
-PROBE_EVERY_S = 20.0  # while a run lasts
+PROBE_EVERY_S = 60.0  # while a run lasts
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class RoofMeter:
         return Roof(dict(self.flops), dict(self.memory))
 
     def probe(self) -> None:
-        """Products and moves of every size: at the start and the end of a run."""
+        """Products and moves of every size: at the start of a run."""
         self._probe(SIZES[self.device], MOVED[self.device], LONG_ROUNDS)
 
     def probe_again(self) -> None:
-        """Some of that, between groups; nothing if the last probe was a short while ago."""
+        """Some of that, between groups and at the end; nothing shortly after the last probe."""
         if time.monotonic() - self.probed > PROBE_EVERY_S:
             self._probe(SIZES[self.device][:-1], MOVED[self.device][:-1], SHORT_ROUNDS)
 
