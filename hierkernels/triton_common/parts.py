@@ -33,15 +33,6 @@ UNSPECIALIZED = ["n_parts", "n_records"]
 
 
 @triton.jit
-def program_part(n_parts, PARTS: tl.constexpr):
-    """(the program among those that own rows, its part of the keys) of this program."""
-    if PARTS:
-        return tl.program_id(0) // n_parts, tl.program_id(0) % n_parts
-    else:
-        return tl.program_id(0), 0
-
-
-@triton.jit
 def share(begin, end, part, n_parts, TILE: tl.constexpr):
     """The part of begin, begin + TILE, ... below end: (begin, end), as many tiles as others."""
     each = tl.cdiv(tl.cdiv(end - begin, TILE), n_parts) * TILE

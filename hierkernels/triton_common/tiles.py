@@ -19,6 +19,15 @@ LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
+def program_part(n_parts, PARTS: tl.constexpr):
+    """(the program among those that own rows, the part of its work) of this program."""
+    if PARTS:
+        return tl.program_id(0) // n_parts, tl.program_id(0) % n_parts
+    else:
+        return tl.program_id(0), 0
+
+
+@triton.jit
 def row_offsets(rows, stride, PACK: tl.constexpr):
     """int64 offsets of packed rows; stride is (batch, head, token)."""
     if PACK == 1:

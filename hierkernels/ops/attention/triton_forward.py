@@ -24,7 +24,7 @@ from hierkernels.ops.attention.triton_scores import (
     whole_vectors,
 )
 from hierkernels.triton_common.key_range import phase_span, phase_tile, within
-from hierkernels.triton_common.parts import program_part, share_of_spans, store_records
+from hierkernels.triton_common.parts import share_of_spans, store_records
 from hierkernels.triton_common.philox import dropout_keep
 from hierkernels.triton_common.tiles import (
     LOWEST,
@@ -32,6 +32,7 @@ from hierkernels.triton_common.tiles import (
     load_tile,
     natural_lse,
     powers,
+    program_part,
     rounded,
     store_tile,
 )

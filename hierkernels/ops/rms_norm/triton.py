@@ -17,7 +17,7 @@ from hierkernels.ops.rms_norm.call import NormCall
 from hierkernels.refusals import GPU_DTYPES, dtype_reasons
 from hierkernels.triton_common.device import device_reasons, target_of
 from hierkernels.triton_common.launch import Launch, Target
-from hierkernels.triton_common.tiles import cdiv, power_of_2, rounded
+from hierkernels.triton_common.tiles import cdiv, power_of_2, program_part, rounded
 
 # Whether the kernels are interpreted is settled when this module is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -39,15 +39,6 @@ def _places(rows, c, n_rows, tokens, shift, kept, C: tl.constexpr):
     source = own - tl.where(delayed, shift, 0).to(tl.int64) * C
     seen = inside & ((rows % tokens >= shift)[:, None] | (c < kept)[None, :])
     return own, source, inside, seen
-
-
-@triton.jit
-def _program_chunk(n_chunks, LONG: tl.constexpr):
-    """(the program among those of a chunk, the chunk) of this program."""
-    if LONG:
-        return tl.program_id(0) // n_chunks, tl.program_id(0) % n_chunks
-    else:
-        return tl.program_id(0), 0
 
 
 @triton.jit
@@ -101,7 +92,7 @@ def _rms_norm_forward_kernel(
 
     LONG: out of a chunk of their channels, from these.
     """
-    number, chunk = _program_chunk(n_chunks, LONG)
+    number, chunk = program_part(n_chunks, LONG)
     rows = number * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < n_rows
     c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -164,7 +155,7 @@ def _rms_norm_backward_kernel(
 
     LONG: of a chunk of their channels, from the sums over whole rows.
     """
-    number, chunk = _program_chunk(n_chunks, LONG)
+    number, chunk = program_part(n_chunks, LONG)
     c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
     weight = _load(weight_ptr, c, c < C)
     part = tl.zeros((BLOCK_C,), tl.float32)

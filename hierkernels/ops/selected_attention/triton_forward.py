@@ -21,13 +21,14 @@ from hierkernels.ops.selected_attention.triton_blocks import (
     scored_tile,
     store_heads,
 )
-from hierkernels.triton_common.parts import program_part, share, store_records
+from hierkernels.triton_common.parts import share, store_records
 from hierkernels.triton_common.tiles import (
     LOWEST,
     dot,
     load_rows,
     natural_lse,
     powers,
+    program_part,
     rounded,
 )
 
