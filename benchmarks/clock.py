@@ -1,4 +1,9 @@
-"""Timing: rows of a group run round-robin, so that drift of the machine hits all of them alike."""
+"""Timing: rows of a group take turns, so that drift of the machine hits all of them alike.
+
+A turn is a call that does not count and then a few that do: what is timed is a call that follows
+one of its own kind, as in training. The first call after other rows pays for what they left
+behind: other data in the caches, and memory that the system has to hand out again.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +17,10 @@ import torch
 Run = Callable[[], object]
 
 MIN_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample
-MAX_ROUNDS = 30
-MIN_ROUNDS, SLOW_ROUNDS = 5, 3
-SLOW_S = 0.1  # one such call is estimate enough
+TURN = 2  # samples
+MIN_TURNS, MAX_TURNS = 3, 15
+SLOW_TURNS = 2
+SLOW_S = 0.1  # one such call is estimate enough, and SLOW_TURNS are turns enough
 SINGLE_S = 20.0  # of a call that takes as long, the estimate is the only sample
 TINY_GPU_S = 1e-4  # work below this is replayed as a CUDA graph, or launches are all one measures
 
@@ -93,33 +99,34 @@ def loops_for(seconds: float) -> int:
 def interleave(
     clock: Clock, runs: dict[str, Run], first: dict[str, float], budget_s: float
 ) -> dict[str, list[float]]:
-    """Samples (seconds a call) of every run; a round takes one of each, in rotating order.
+    """Samples (seconds a call) of every run; in a round each has a turn, in rotating order.
 
     `first` estimates the seconds of a call. Each run has an equal share of the budget, but at least
-    MIN_ROUNDS samples (SLOW_ROUNDS if a call is slow); a run with fewer samples than there are
-    rounds has them spread evenly. Of a call longer than SINGLE_S its estimate is the only sample.
+    MIN_TURNS (SLOW_TURNS if a call is slow); a run with fewer turns than there are rounds has them
+    spread evenly. Of a call longer than SINGLE_S its estimate is the only sample.
     """
     loops = {name: loops_for(seconds) for name, seconds in first.items()}
-    counts = {}
+    turns = {}
     samples = {name: [seconds] if seconds > SINGLE_S else [] for name, seconds in first.items()}
     for name, seconds in first.items():
         if seconds > SINGLE_S:
-            counts[name] = 0
+            turns[name] = 0
             continue
-        affordable = int(budget_s / len(runs) / (seconds * loops[name]))
-        least = SLOW_ROUNDS if seconds > SLOW_S else MIN_ROUNDS
-        counts[name] = max(least, min(MAX_ROUNDS, affordable))
-    rounds = max(counts.values(), default=0)
+        affordable = int(budget_s / len(runs) / (seconds * (1 + TURN * loops[name])))
+        least = SLOW_TURNS if seconds > SLOW_S else MIN_TURNS
+        turns[name] = max(least, min(MAX_TURNS, affordable))
+    rounds = max(turns.values(), default=0)
     names = list(runs)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for turn in range(rounds):
-            start = turn % len(names)
+        for i in range(rounds):
+            start = i % len(names)
             for name in names[start:] + names[:start]:
-                due = (turn + 1) * counts[name] // rounds
-                if counts[name] and due > len(samples[name]):
-                    samples[name].append(clock.sample(runs[name], loops[name]))
+                if (i + 1) * turns[name] // rounds == i * turns[name] // rounds:
+                    continue
+                runs[name]()
+                samples[name] += (clock.sample(runs[name], loops[name]) for _ in range(TURN))
     finally:
         if collecting:
             gc.enable()

@@ -101,7 +101,8 @@ def measurements(
     meter = config.stash[_roof] = RoofMeter(config.getoption("device"), dtypes)
     meter.probe()
     say(f"roof: {meter.roof}")
-    yield Measurements(meter, config.getoption("seconds"), say, len(groups))
+    seconds, full = config.getoption("seconds"), config.getoption("full")
+    yield Measurements(meter, seconds, full, say, len(groups))
     meter.probe_again()
     say(f"roof: {meter.roof}")
 

@@ -44,9 +44,9 @@ def peak_extra(run: Callable[[], Sequence[torch.Tensor]], device: str) -> int | 
     """Peak bytes of a call beyond what was there before and beyond the outputs it returns.
 
     None where it cannot be measured. Pages that the allocator kept are given back first, so that
-    scratch memory shows; a buffer that a library kept from an earlier call does not.
+    scratch memory shows; a buffer that a library kept from an earlier call does not. Python's
+    garbage should be collected before: what the call gives back of it makes the peak look lower.
     """
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -84,6 +84,7 @@ def measure_here(suite_name: str, row: str, n: int) -> dict[str, float | None]:
 
     prepare(suite.memory.lengths[0] // 4)()  # loads the code
     run = prepare(n)
+    gc.collect()
     start = time.perf_counter()
     peak = peak_extra(run, "cpu")
     return {"peak_extra_bytes": peak, "seconds": time.perf_counter() - start}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import json
 import statistics
@@ -146,6 +147,7 @@ def memory(model: str, way: str) -> int | None:
         corpus = _corpus(run)
         with hk.use_backend(backend_of(way)):
             run.train_step(corpus.train)
+            gc.collect()
             return peak_extra(lambda: run.train_step(corpus.train)[:1], "cpu")
 
 

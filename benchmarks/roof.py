@@ -21,7 +21,7 @@ import torch
 from benchmarks.clock import loops_for, make_clock, quickest
 from hierkernels.ops.attention.spec import dtype_name
 
-SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}  # n of (n, n) matrices
+SIZES = {"cpu": (1024, 2048, 3072), "cuda": (4096, 8192)}  # n of (n, n) matrices
 MOVED = {  # bytes read and written at a time; the last is beyond any cache
     "cpu": (2**24, 2**26, 2**28, 2**30),
     "cuda": (2**26, 2**28, 2**30, 2**32),

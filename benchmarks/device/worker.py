@@ -34,7 +34,7 @@ class Worker:
     def __init__(self, roof: RoofMeter, entries: Sequence[Entry]) -> None:
         self.roof = roof
         self.entries = {entry.name: entry for entry in entries}
-        self.measurements = Measurements(roof, 0.5, lambda line: None, 0)
+        self.measurements = Measurements(roof, 0.5, full=True, say=lambda line: None, total=0)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The records of a group's rows, and why others have none."""

@@ -30,11 +30,10 @@ CHECK_START, CHECK_STEP = 7, 61  # prime, so that the queries fall on every plac
 CHECK_SEQUENCES = 256  # a larger batch is checked on some of its sequences
 SEQUENCE_STEP = 13
 
-# Peers that compile for each shape take most of a run: the quick set has them once.
+# Peers that compile for each shape take most of a run: the quick set has one of them, once.
 # The eager reference takes long, and gigabytes, beyond 1024 tokens: the full set has it.
-COMPILING_ROWS = ("compiled", "flex")
-COMPILED_IN_QUICK = ("long-1x8x2048x64",)
-FLOAT32_IN_QUICK = (*COMPILED_IN_QUICK, "bias-1x8x1024x64-hqk")
+FLEX_IN_QUICK = ("long-1x8x2048x64",)
+FLOAT32_IN_QUICK = (*FLEX_IN_QUICK, "bias-1x8x1024x64-hqk")
 EAGER_SCORES_IN_QUICK = 8 * 1024**2
 
 MEMORY_HEADS, MEMORY_CHANNELS = 1, 64  # one head: eager at N = 16384 then needs some 6 GB
@@ -86,8 +85,9 @@ class AttentionSuite(Suite):
     def rows(self, case: Case, device: str, full: bool) -> list[str]:
         peers = list(self.peers)
         if not full:
-            if case.name not in COMPILED_IN_QUICK:
-                peers = [row for row in peers if row not in COMPILING_ROWS]
+            peers.remove("compiled")
+            if case.name not in FLEX_IN_QUICK:
+                peers.remove("flex")
             if case.B * case.Hq * case.Nq * case.Nk > EAGER_SCORES_IN_QUICK:
                 peers.remove("eager")
         return [*BACKEND_ROWS[device], *peers]

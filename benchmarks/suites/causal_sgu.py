@@ -76,6 +76,8 @@ class CausalSguSuite(Suite):
             peers.remove("original")
         if not full and case.name not in COMPILED_IN_QUICK:
             peers.remove("compiled")
+        if not full and case.window:  # little slower than the original
+            peers.remove("eager")
         return [*BACKEND_ROWS[device], *peers]
 
     def shape(self, case: Case) -> list[int]:

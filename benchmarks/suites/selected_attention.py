@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -95,6 +95,9 @@ class SelectedAttentionSuite(Suite):
         quick_lengths=(),
         needs=lambda row, n: 10 * 4 * n * n * 4 if row == "eager" else 0,
     )
+
+    def quick_dtypes(self, case: Case) -> Sequence[torch.dtype]:
+        return (torch.float32,) if case.quick else ()  # oracle and eager are slow
 
     def rows(self, case: Case, device: str, full: bool) -> list[str]:
         scores = case.B * case.Hq * case.Nq * case.Nk

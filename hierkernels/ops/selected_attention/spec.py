@@ -224,7 +224,7 @@ def _speed_cases() -> Iterator[Case]:
         yield speed("paper", 16, 1, n, 128, 64, 16)
     yield speed("paper", 16, 1, 4096, 64, 64, 16)
     for n in (1024, 2048, 4096, 8192, 16384, 32768):
-        yield speed("small", 8, 2, n, 64, 16, 4, quick=n == 2048)
+        yield speed("small", 8, 2, n, 64, 16, 4, quick=n == 1024)
     # Heads for each key/value head.
     for hkv in (16, 8, 4, 1):
         yield speed("heads", 16, hkv, 4096, 64, 64, 8)
