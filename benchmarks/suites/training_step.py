@@ -379,8 +379,8 @@ class TrainingStepSuite(Suite):
     directions = ("step",)
 
     def rows(self, case: Case, device: str, full: bool) -> list[str]:
-        # An eager step takes a second; of native sparse attention it has (N, N) masks and scores.
-        with_eager = full and case.model != "nsa"
+        # An eager step takes a second; with (N, N) masks and scores of many heads, half a minute.
+        with_eager = full and case.model not in ("hierarchical", "nsa")
         peers = [row for row in self.peers if with_eager or row != "eager"]
         return [*BACKEND_ROWS[device], *peers]
 
