@@ -40,7 +40,11 @@ _TABLES = {
         "package",
         (),
     ),
-    "causal_sgu": ("`hk.causal_sgu`, 4 heads, against masked einsum; (B, N, C)", "eager", ()),
+    "causal_sgu": (
+        "`hk.causal_sgu`, 4 heads, against masked einsum; (B, N, C)",
+        "eager",
+        ("global", "windowed"),
+    ),
     "native_sparse_attention": (
         "layer of native sparse attention against native-sparse-attention-pytorch; tokens",
         "package",
