@@ -145,7 +145,10 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         y1, y2 = ctx.saved_tensors
         dy1 = dy2 = dy
-        gradients: dict[int, Tensor] = {}
+        # Before all activations: a gradient that stays where a block's activations go leaves holes
+        # between them, and the resident set grows with depth although nothing else is kept.
+        gradients = {id(p): torch.empty_like(p) for p in ctx.parameters}
+        known: set[int] = set()
         after = _RandomState(y1) if ctx.random else None
 
         def recompute(part: Part, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,9 +166,13 @@ class _Reversible(torch.autograd.Function):
                 y, (x, *copies.values()), dy.to(y.dtype), allow_unused=True
             )
             for p, gradient in zip(own.values(), rest, strict=True):
-                if gradient is not None:
-                    known = gradients.get(id(p))
-                    gradients[id(p)] = gradient if known is None else known + gradient
+                if gradient is None:
+                    continue
+                if id(p) in known:
+                    gradients[id(p)] += gradient
+                else:
+                    gradients[id(p)].copy_(gradient)
+                    known.add(id(p))
             return y.detach(), dx
 
         for block in reversed(ctx.blocks):
@@ -175,4 +182,5 @@ class _Reversible(torch.autograd.Function):
             y1, dy2 = y1 - f, dy2 + dx
         if after is not None:
             after.restore()
-        return dy1 + dy2, None, None, *(gradients.get(id(p)) for p in ctx.parameters)
+        complete = (gradients[id(p)] if id(p) in known else None for p in ctx.parameters)
+        return dy1 + dy2, None, None, *complete
