@@ -157,7 +157,7 @@ class _Reversible(torch.autograd.Function):
                 ctx.random.pop().restore()
             # Copies of the parameters that share their memory: hooks on the parameters themselves
             # must run once, when the gradient is complete.
-            own = {name: p for name, p in part.named_parameters() if p.requires_grad}
+            own = {name: p for name, p in part.named_parameters() if id(p) in gradients}
             copies = {name: p.detach().requires_grad_() for name, p in own.items()}
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 x = x.detach().requires_grad_()

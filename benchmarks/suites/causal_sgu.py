@@ -76,7 +76,7 @@ class CausalSguSuite(Suite):
             peers.remove("original")
         if not full and case.name not in COMPILED_IN_QUICK:
             peers.remove("compiled")
-        if not full and case.window:  # little slower than the original
+        if not full and case.window:  # takes about as long as the original
             peers.remove("eager")
         return [*BACKEND_ROWS[device], *peers]
 

@@ -8,7 +8,7 @@ from torch import nn
 from python_models.reversible import ReversibleSequence
 
 
-class Scaled(nn.Module):
+class Layer(nn.Module):
     """A linear layer with a parameter that the result does not depend on."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -23,8 +23,8 @@ class Scaled(nn.Module):
 def test_gradients_of_shared_unused_and_frozen_parameters() -> None:
     torch.manual_seed(0)
     shared = nn.Linear(4, 4).double()
-    blocks = [(Scaled(shared), Scaled(nn.Linear(4, 4).double())) for _ in range(2)]
-    blocks += [(Scaled(nn.Linear(4, 4).double()), Scaled(shared))]
+    blocks = [(Layer(shared), Layer(nn.Linear(4, 4).double())) for _ in range(2)]
+    blocks += [(Layer(nn.Linear(4, 4).double()), Layer(shared))]
     model = ReversibleSequence(blocks)
     blocks[1][1].linear.weight.requires_grad_(False)
     x = torch.randn(2, 5, 4, dtype=torch.double, requires_grad=True)
