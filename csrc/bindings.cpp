@@ -6,6 +6,7 @@
 #include "cpu/attention/attention.h"
 #include "cpu/gated_sum/gated_sum.h"
 #include "cpu/isa.h"
+#include "cpu/product/product.h"
 #include "cpu/rowwise/rowwise.h"
 #include "cpu/select_blocks/select_blocks.h"
 #include "cpu/selected_attention/selected_attention.h"
@@ -184,6 +185,20 @@ PYBIND11_MODULE(_native, m) {
     p.out = tensor(out);
     py::gil_scoped_release release;
     hierkernels::rotary(p);
+  });
+
+  m.def("has_product", &hierkernels::has_product);
+  m.def("product", [](const py::object& a, const py::object& b, const py::object& bias, bool in_bfloat16, const py::object& out,
+                      const py::object& row_sums) {
+    hierkernels::ProductParams p;
+    p.a = tensor(a);
+    p.b = tensor(b);
+    p.bias = tensor(bias);
+    p.in_bfloat16 = in_bfloat16;
+    p.out = tensor(out);
+    p.row_sums = tensor(row_sums);
+    py::gil_scoped_release release;
+    hierkernels::product(p);
   });
 
   m.def("sgu_forward",

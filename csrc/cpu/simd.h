@@ -231,3 +231,4 @@ HK_INLINE void stream_fence() {
 
 #include "simd_convert.h"
 #include "simd_math.h"
+#include "simd_transpose.h"

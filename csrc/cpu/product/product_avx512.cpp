@@ -1,0 +1,2 @@
+#define HK_ISA avx512
+#include "product.inl"
