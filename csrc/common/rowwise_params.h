@@ -22,7 +22,7 @@ struct NormParams {
   // Backward only.
   Tensor dout;     // as out
   Tensor dx;       // as x, optional
-  Tensor dweight;  // (parts, C), of the type of weight, optional: one sum for each of the equal parts of the rows
+  Tensor dweight;  // (C), of the type of weight, optional
   Tensor dbias;    // as dweight
 };
 

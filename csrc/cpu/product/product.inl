@@ -5,6 +5,8 @@
 // words streams from the second-level cache, six rows stay in the first.
 #include <omp.h>
 
+#include <vector>
+
 #include "../scratch.h"
 #include "product.h"
 #include "words.h"
@@ -13,7 +15,7 @@ namespace hierkernels::HK_ISA {
 namespace {
 
 constexpr int kRows = 6, kVectors = 4, kPanel = kVectors * kWidth<float>;
-constexpr int64_t kTaskSixes = 16, kPanelsPerRound = 32;
+constexpr int64_t kMostSixes = 16, kLeastSixes = 3, kPanelsPerRound = 32;
 // From so many rows for each other thread on, every thread packs all panels for itself: what another core wrote comes
 // slowly where cores do not share a cache (a quarter of the time of 256 rows, measured), packing twice takes 3 to 5%.
 constexpr int64_t kRowsForOwnPanels = 128;
@@ -192,21 +194,28 @@ class Product {
     rounds_ = passes * ceil_div(panels_, panel_group_);
     threads_ = omp_get_max_threads();
     own_panels_ = left_.lines >= kRowsForOwnPanels * (threads_ - 1);
-    sixes_ = ceil_div(left_.lines, kRows);
-    tasks_ = ceil_div(ceil_div(sixes_, kTaskSixes), threads_) * threads_;
-    copy_ = in_place_ ? 0 : ceil_div(sixes_, tasks_) * kRows * stride_;
+    share_rows();
+    copy_ = in_place_ ? 0 : first_row_[1] * stride_;
   }
 
   void run() {
     ScratchLayout layout;
+    const int64_t n_sums = p_.row_sums ? rounds_ * left_.lines : 0;
     const size_t panels_at = layout.add(sizeof(float) * panel_group_ * kPanel * pass_words_ * (own_panels_ ? threads_ : 1));
     const size_t copies_at = layout.add(sizeof(float) * copy_ * 2 * threads_);
+    const size_t sums_at = layout.add(sizeof(float) * n_sums);
     char* const scratch = thread_scratch(ScratchUse::kShared, layout.total());
     packed_ = reinterpret_cast<float*>(scratch + panels_at);
     copies_ = reinterpret_cast<float*>(scratch + copies_at);
-    if (p_.row_sums) memset(p_.row_sums.data, 0, sizeof(float) * left_.lines);
+    sums_ = reinterpret_cast<float*>(scratch + sums_at);
+    memset(sums_, 0, sizeof(float) * n_sums);
 #pragma omp parallel num_threads(threads_)
     run_thread();
+    for (int64_t row = 0; p_.row_sums && row < left_.lines; ++row) {
+      float sum = 0;
+      for (int64_t round = 0; round < rounds_; ++round) sum += sums_[round * left_.lines + row];
+      p_.row_sums.template as<float>()[row] = sum;
+    }
   }
 
  private:
@@ -227,44 +236,58 @@ class Product {
   void pack(const Round& round, int64_t panel) const {
     pack_right_.panel(right_, {panel * kPanel, columns(panel), round.word * Words::kTerms, round.words}, packed(round, panel));
   }
-  int64_t first_row(int64_t task) const { return smaller(left_.lines, task * sixes_ / tasks_ * kRows); }
 
-  // A thread's tasks, sixteen times six rows each: the first of a round has the thread's number, the others are taken
-  // while the one before is computed, so that the thread can prepare them.
+  // Cuts the rows into tasks, of sixteen times six rows each, the last ones smaller: then no thread waits long at the end.
+  void share_rows() {
+    int64_t row = 0;
+    first_row_.push_back(0);
+    while (row < left_.lines) {
+      const int64_t share = ceil_div(ceil_div(left_.lines - row, kRows), 2 * threads_);
+      const int64_t sixes = share < kLeastSixes ? kLeastSixes : smaller(share, kMostSixes);
+      first_row_.push_back(row = smaller(left_.lines, row + sixes * kRows));
+    }
+    tasks_ = static_cast<int64_t>(first_row_.size()) - 1;
+    rounds_done_.assign(tasks_, 0);
+  }
+
+  // Threads take the tasks of all rounds in order, each before it computes the one that it took before, so that it can
+  // prepare the rows meanwhile. A thread that comes to another round packs its panels, and waits for nobody.
   void run_thread() {
     const int64_t thread = omp_get_thread_num();
     float* copies[2] = {copies_ + 2 * thread * copy_, copies_ + (2 * thread + 1) * copy_};
-    next_rows(0, thread, copies[0]).advance(1, 1);
+    int64_t number = take();
     int turn = 0;
-    for (int64_t number = 0; number < rounds_; ++number) {
-      const Round round = round_of(number);
-#pragma omp single nowait
-      next_ = omp_get_num_threads();
-      if (own_panels_) {
-        for (int64_t panel = round.panel; panel < round.end; ++panel) pack(round, panel);
+    next_rows(number, copies[0]).advance(1, 1);
+    for (int64_t r = 0; r < rounds_; ++r) {
+      const Round round = round_of(r);
+      const int64_t end = (r + 1) * tasks_;
+      if (!own_panels_) {
 #pragma omp barrier
-      } else {
 #pragma omp for schedule(dynamic)
         for (int64_t panel = round.panel; panel < round.end; ++panel) pack(round, panel);
+      } else if (number < end) {
+        for (int64_t panel = round.panel; panel < round.end; ++panel) pack(round, panel);
       }
-      for (int64_t task = thread, next; task < tasks_; task = next, turn ^= 1) {
-        next = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED);
-        const bool last = next >= tasks_;
-        NextRows rows = next_rows(last ? number + 1 : number, last ? thread : next, copies[turn ^ 1]);
-        multiply_rows(round, first_row(task), first_row(task + 1), copies[turn], rows);
+      for (int64_t next; number < end; number = next, turn ^= 1) {
+        next = take();
+        const int64_t task = number % tasks_;
+        NextRows rows = next_rows(next, copies[turn ^ 1]);
+        while (__atomic_load_n(&rounds_done_[task], __ATOMIC_ACQUIRE) < r) _mm_pause();
+        multiply_rows(round, first_row_[task], first_row_[task + 1], copies[turn], rows);
+        __atomic_store_n(&rounds_done_[task], r + 1, __ATOMIC_RELEASE);
       }
-#pragma omp barrier
     }
   }
+  int64_t take() { return __atomic_fetch_add(&taken_, 1, __ATOMIC_RELAXED); }
 
-  // A task of a round; nothing if there is no such round.
-  NextRows next_rows(int64_t number, int64_t task, float* copy) const {
-    const Round round = round_of(number);
-    const int64_t row = first_row(task);
+  // The rows of a task, to be prepared: nothing behind the last.
+  NextRows next_rows(int64_t number, float* copy) const {
+    const int64_t r = number / tasks_, task = number % tasks_;
+    const Round round = round_of(r);
     Part part{};
-    if (number < rounds_) part = {row, first_row(task + 1) - row, round.word * Words::kTerms, round.words};
+    if (r < rounds_) part = {first_row_[task], first_row_[task + 1] - first_row_[task], round.word * Words::kTerms, round.words};
     return {left_, pack_left_, part, p_.a.element_bytes(), in_place_ ? nullptr : copy, stride_,
-            round.panel == 0 ? p_.row_sums.template as<float>() : nullptr};
+            p_.row_sums && round.panel == 0 ? sums_ + r * left_.lines : nullptr};
   }
 
   void multiply_rows(const Round& round, int64_t begin, int64_t end, const float* copy, NextRows& later) {
@@ -288,9 +311,10 @@ class Product {
   const Packing pack_left_, pack_right_;
   bool in_place_, own_panels_;
   int64_t words_, pass_words_, stride_, panels_, panel_group_, rounds_;
-  int64_t threads_, sixes_, tasks_, copy_;
-  float *packed_, *copies_;
-  int64_t next_;
+  int64_t threads_, tasks_, copy_;
+  float *packed_, *copies_, *sums_;
+  std::vector<int64_t> first_row_, rounds_done_;  // of a task; the last row's end follows
+  int64_t taken_ = 0;                             // tasks, counted through all rounds
 };
 
 }  // namespace

@@ -103,13 +103,13 @@ struct Gelu {
 
   template <class Body>
   HK_INLINE void for_rows(Body body) const {
-#pragma omp parallel for schedule(static) if (rows * C > kParallel)
+#pragma omp parallel for schedule(dynamic, C < kPiece ? kPiece / C : 1) if (rows * C > kParallel)
     for (int64_t row = 0; row < rows; ++row) body(row);
   }
   template <class Body>
   HK_INLINE void for_pieces(Body body) const {
     const int64_t total = rows * C;
-#pragma omp parallel for schedule(static) if (total > kParallel)
+#pragma omp parallel for schedule(dynamic) if (total > kParallel)
     for (int64_t begin = 0; begin < total; begin += kPiece)
       body(begin, begin + kPiece < total ? begin + kPiece : total);
   }

@@ -1,6 +1,7 @@
 // Root-mean-square norm and layer norm of rows, some channels of which come from an earlier row of the sequence.
 #pragma once
 #include "../../common/rowwise_params.h"
+#include "../scratch.h"
 #include "../simd.h"
 
 namespace hierkernels {
@@ -12,14 +13,19 @@ template <class F, class TX, class TO, bool kCentred>
 struct Norm {
   using V = Vec<F>;
   static constexpr int kW = kWidth<F>;
-  // Below so many elements the threads take longer to start than to compute.
+  // Below so many elements the threads take longer to start than to compute; a task has about a quarter of it.
   static constexpr int64_t kParallel = 16384;
+  // The gradients of weight and bias are summed in so many parts of the rows, whatever the number of threads: their bits
+  // do not depend on that.
+  static constexpr int64_t kParts = 64;
 
   const NormParams& p;
   const int64_t N, C, rows;
 
   explicit Norm(const NormParams& params)
       : p(params), N(p.x.size[1]), C(p.x.size[2]), rows(p.x.size[0] * N) {}
+
+  int64_t rows_of_task() const { return C < kParallel / 4 ? kParallel / 4 / C : 1; }
 
   // The two pieces of a row: [begin, end) of its channels, and by how many elements earlier they lie; -1: zeros.
   struct Piece {
@@ -66,7 +72,7 @@ struct Norm {
 
   void forward() const {
     const F floor = static_cast<F>(p.floor), scale = static_cast<F>(p.scale);
-#pragma omp parallel for schedule(static) if (rows * C > kParallel)
+#pragma omp parallel for schedule(dynamic, rows_of_task()) if (rows * C > kParallel)
     for (int64_t row = 0; row < rows; ++row) {
       F mean = 0;
       if constexpr (kCentred) {
@@ -97,21 +103,30 @@ struct Norm {
   }
 
   void backward() const {
-    const int64_t parts = p.dweight ? p.dweight.size[0] : 1;
-    const int64_t most = (rows + parts - 1) / parts;
-    if (p.dweight) {
-#pragma omp parallel for schedule(static) if (rows * C > kParallel)
-      for (int64_t part = 0; part < parts; ++part) {
-        F* sums = p.dweight.as<F>() + part * C;
-        F* bias_sums = kCentred ? p.dbias.as<F>() + part * C : nullptr;
-        for (int64_t c = 0; c < C; ++c) sums[c] = F(0);
-        for (int64_t c = 0; kCentred && c < C; ++c) bias_sums[c] = F(0);
-        const int64_t end = (part + 1) * most < rows ? (part + 1) * most : rows;
-        for (int64_t row = part * most; row < end; ++row) backward_row(row, sums, bias_sums);
-      }
-    } else {
-#pragma omp parallel for schedule(static) if (rows * C > kParallel)
+    if (!p.dweight) {
+#pragma omp parallel for schedule(dynamic, rows_of_task()) if (rows * C > kParallel)
       for (int64_t row = 0; row < rows; ++row) backward_row(row, nullptr, nullptr);
+      return;
+    }
+    const int64_t parts = rows < kParts ? rows : kParts, most = (rows + parts - 1) / parts;
+    F* const sums = reinterpret_cast<F*>(thread_scratch(ScratchUse::kShared, sizeof(F) * 2 * parts * C));
+#pragma omp parallel for schedule(dynamic) if (rows * C > kParallel)
+    for (int64_t part = 0; part < parts; ++part) {
+      F* const of_part = sums + 2 * part * C;
+      for (int64_t c = 0; c < 2 * C; ++c) of_part[c] = F(0);
+      const int64_t end = (part + 1) * most < rows ? (part + 1) * most : rows;
+      for (int64_t row = part * most; row < end; ++row) backward_row(row, of_part, of_part + C);
+    }
+    add_parts(sums, parts, p.dweight.as<F>());
+    if constexpr (kCentred) add_parts(sums + C, parts, p.dbias.as<F>());
+  }
+
+  void add_parts(const F* sums, int64_t parts, F* out) const {
+    for (int64_t c = 0; c < C; c += kW) {
+      const int n = C - c < kW ? static_cast<int>(C - c) : kW;
+      V sum{};
+      for (int64_t part = 0; part < parts; ++part) sum += take(sums + 2 * part * C + c, n);
+      put(out + c, sum, n);
     }
   }
 

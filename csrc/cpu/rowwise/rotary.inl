@@ -11,10 +11,10 @@ namespace {
 template <class F, class T>
 void turn(const RotaryParams& p) {
   constexpr int kW = kWidth<F>;
-  constexpr int64_t kParallel = 16384;  // elements, see rms_norm.inl
+  constexpr int64_t kParallel = 16384, kTask = 4096;  // elements, see norm.inl
   const int64_t B = p.x.size[0], H = p.x.size[1], N = p.x.size[2], D = p.x.size[3], half = D / 2;
   const F sign = p.transposed ? F(-1) : F(1);
-#pragma omp parallel for schedule(static) if (B * H * N * D > kParallel)
+#pragma omp parallel for schedule(dynamic, H * D < kTask ? kTask / (H * D) : 1) if (B * H * N * D > kParallel)
   for (int64_t token = 0; token < B * N; ++token) {
     const int64_t b = token / N, n = token % N;
     const F *cos = p.cos.as<F>() + n * half, *sin = p.sin.as<F>() + n * half;

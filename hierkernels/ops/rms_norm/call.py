@@ -60,10 +60,7 @@ class NormCall:
 
         inverse is 1 over what rows are divided by, mean is empty without a bias.
         """
-        out = self.x.new_empty(self.x.shape, dtype=self.dtype)
+        out = torch.empty_like(self.x, dtype=self.dtype)
         inverse = self.x.new_empty(self.x.shape[:2], dtype=self.accumulator)
-        return (
-            out,
-            inverse,
-            inverse.new_empty(0) if self.bias is None else torch.empty_like(inverse),
-        )
+        mean = inverse.new_empty(0) if self.bias is None else torch.empty_like(inverse)
+        return out, inverse, mean

@@ -10,11 +10,6 @@ from hierkernels.native import native
 from hierkernels.ops.rms_norm.call import NormCall
 from hierkernels.refusals import cpu_reasons
 
-# The gradients of weight and bias are summed in so many parts of the rows, whatever the number of
-# threads: their bits do not depend on that.
-_PARTS = 64
-
-
 def supports(call: NormCall) -> list[str]:
     """Why the CPU kernels cannot compute this call; empty if they can."""
     return cpu_reasons("x", call.x)
@@ -42,16 +37,15 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of x, of weight and of bias that are wanted."""
-    B, N, C = call.x.shape
     dx = torch.empty_like(call.x) if wanted[0] else None
     if not call.x.numel():
         return dx, *(torch.zeros_like(p) for p in call.parameters)
-    parts: list[torch.Tensor | None] = [None, None]
+    sums: list[torch.Tensor | None] = [None, None]
     if any(wanted[1:]):
-        shape = len(call.parameters), min(_PARTS, B * N), C
-        parts[: shape[0]] = inverse.new_empty(shape).unbind()
-    native().norm_backward(*_problem(call, inverse, mean), dout.contiguous(), dx, *parts)
+        new = [torch.empty_like(p, dtype=call.accumulator) for p in call.parameters]
+        sums[: len(new)] = new
+    native().norm_backward(*_problem(call, inverse, mean), dout.contiguous(), dx, *sums)
     return dx, *(
-        None if part is None else part.sum(0).to(call.weight.dtype)
-        for part, _ in zip(parts, call.parameters, strict=False)
+        None if each is None else each.to(call.weight.dtype)
+        for each, _ in zip(sums, call.parameters, strict=False)
     )
