@@ -28,15 +28,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     then rounded once, to the type that they are returned in. Within hk.use_backend("reference")
     it is F.linear itself.
     """
-    if _is_plain(x, weight, bias):
-        rows = x.reshape(-1, x.shape[-1])
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if _core_gains(rows, dtype):
-            out = _CoreLinear.apply(rows, weight, bias, dtype)
-        elif dtype == x.dtype == torch.float32 and rows.shape[0] > 1 and _has_onednn():
-            out = _Linear.apply(rows, weight, bias)
-        else:
-            return F.linear(x, weight, bias)
+    if not _is_plain(x, weight, bias):
+        return F.linear(x, weight, bias)
+    rows = x.numel() // x.shape[-1]
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if rows >= _ROWS and _has_core(x.dtype, dtype):
+        return _CoreLinear.apply(x, weight, bias, dtype)
+    if dtype == x.dtype == torch.float32 and rows > 1 and _has_onednn():
+        out = _Linear.apply(x.reshape(rows, x.shape[-1]), weight, bias)
         return out.view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
 
@@ -59,10 +58,10 @@ def _is_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     )
 
 
-def _core_gains(rows: torch.Tensor, dtype: torch.dtype) -> bool:
+def _has_core(stored: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether the core's products, in dtype of operands stored in another, are the quickest."""
     return (
-        rows.shape[0] >= _ROWS
-        and (dtype == torch.bfloat16 or dtype == rows.dtype == torch.float32)
+        (dtype == torch.bfloat16 or dtype == stored == torch.float32)
         and native() is not None
         and native().cpu_isa() == "avx512bf16"
     )
@@ -104,22 +103,25 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dbias
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 def _core_product(
     a: torch.Tensor,
     b: torch.Tensor,
     dtype: torch.dtype,
-    result: torch.dtype,
+    out: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
     row_sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``a (M, K) @ b (K, N) + bias (N)``, multiplied in dtype, returned in result.
+    """``a (M, K) @ b (K, N) + bias (N)``, multiplied in dtype, to out (..., N), M rows; out.
 
     The sums of a's rows go to row_sums (M), float32.
     """
     a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
-    out = torch.empty(a.shape[0], b.shape[1], dtype=result)
-    native().product(a, b, bias, dtype == torch.bfloat16, out, row_sums)
+    native().product(a, b, bias, dtype == torch.bfloat16, out.view(a.shape[0], -1), row_sums)
     return out
 
 
@@ -136,26 +138,30 @@ class _CoreLinear(torch.autograd.Function):
         ctx.dtype = dtype
         if bias is not None:
             bias = bias.contiguous()
-        return _core_product(x, weight.mT, dtype, dtype, bias=bias)
+        out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+        return _core_product(_rows(x), weight.mT, dtype, out, bias=bias)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx = dweight = dbias = None
+        rows, drows = _rows(x), _rows(dout)
         if torch.is_grad_enabled() or not is_unwatched((dout, x, weight)):
             # With create_graph the gradients need a graph.
             to = ctx.dtype
             dx = (dout.to(to) @ weight.to(to)).to(x.dtype)
-            dweight = (dout.mT.to(to) @ x.to(to)).to(weight.dtype)
+            dweight = (drows.mT.to(to) @ rows.to(to)).to(weight.dtype)
             if ctx.needs_input_grad[2]:
-                dbias = dout.sum(0, dtype=weight.dtype)
+                dbias = drows.sum(0, dtype=weight.dtype)
             return dx, dweight, dbias, None
         if ctx.needs_input_grad[0]:
-            dx = _core_product(dout, weight, ctx.dtype, x.dtype)
+            dx = torch.empty(x.shape, dtype=x.dtype)
+            _core_product(drows, weight, ctx.dtype, dx)
         if ctx.needs_input_grad[2]:
-            dbias = weight.new_empty(weight.shape[0])
+            dbias = torch.empty(weight.shape[:1], dtype=weight.dtype)
         if ctx.needs_input_grad[1]:
-            dweight = _core_product(dout.mT, x, ctx.dtype, weight.dtype, row_sums=dbias)
+            dweight = torch.empty(weight.shape, dtype=weight.dtype)
+            _core_product(drows.mT, rows, ctx.dtype, dweight, row_sums=dbias)
         elif dbias is not None:
-            torch.sum(dout, 0, dtype=dbias.dtype, out=dbias)
+            torch.sum(drows, 0, dtype=dbias.dtype, out=dbias)
         return dx, dweight, dbias, None

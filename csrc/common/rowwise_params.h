@@ -35,7 +35,7 @@ enum class GeluForm {
 
 // All contiguous, of one type.
 struct GeluParams {
-  Tensor x;              // (R, C)
+  Tensor x;              // (..., C), contiguous
   Tensor first, second;  // the result, or its gradient; second with kHalves only
   Tensor dx;             // as x; backward only
   GeluForm form = GeluForm::kPlain;

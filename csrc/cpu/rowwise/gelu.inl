@@ -18,7 +18,13 @@ struct Gelu {
   const GeluParams& p;
   const int64_t rows, C;
 
-  explicit Gelu(const GeluParams& params) : p(params), rows(p.x.size[0]), C(p.x.size[1]) {}
+  explicit Gelu(const GeluParams& params) : p(params), rows(rows_of(p.x)), C(p.x.size[p.x.ndim - 1]) {}
+
+  static int64_t rows_of(const Tensor& x) {
+    int64_t count = 1;
+    for (int d = 0; d + 1 < x.ndim; ++d) count *= x.size[d];
+    return count;
+  }
 
   static HK_INLINE V take(const T* at, int n) { return n == kW ? load_as<F>(at) : load_as<F>(at, n); }
   static HK_INLINE void put(T* at, V v, int n) {

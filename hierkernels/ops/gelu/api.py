@@ -27,7 +27,9 @@ def make_call(x: torch.Tensor, form: str = "plain") -> GeluCall:
     C = x.shape[-1]
     if form != "plain" and C % 2:
         raise ValueError(f"x must have an even number of channels for form={form!r}, got {C}")
-    return GeluCall(x.reshape(math.prod(x.shape[:-1]), C).contiguous(), form)
+    if x.ndim > 3:
+        x = x.reshape(math.prod(x.shape[:-1]), C)
+    return GeluCall(x.contiguous(), form)
 
 
 def run(call: GeluCall, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +71,10 @@ def gelu(
     """
     call = make_call(x, form)
     first, second = run(call, backend)
-    shape = (*x.shape[:-1], call.channels)
-    return (first.view(shape), second.view(shape)) if form == "halves" else first.view(shape)
+    if x.ndim > 3:
+        first = first.view(*x.shape[:-1], call.channels)
+        second = second.view(first.shape) if form == "halves" else second
+    return (first, second) if form == "halves" else first
 
 
 def problem(x: torch.Tensor, **options: Any) -> GeluCall:

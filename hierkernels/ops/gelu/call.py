@@ -13,7 +13,7 @@ FORMS = ("plain", "halves", "gated")
 class GeluCall:
     """The arguments of one call; shapes and dtypes are checked."""
 
-    x: torch.Tensor  # (R, C), contiguous
+    x: torch.Tensor  # (..., C) of at most 3 dimensions, contiguous
     form: str  # one of FORMS
 
     @property
@@ -23,9 +23,9 @@ class GeluCall:
     @property
     def channels(self) -> int:
         """Of a result."""
-        return self.x.shape[1] // (1 if self.form == "plain" else 2)
+        return self.x.shape[-1] // (1 if self.form == "plain" else 2)
 
     def new_outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Uninitialised (first, second); second is empty unless the halves are apart."""
-        first = self.x.new_empty(self.x.shape[0], self.channels)
+        first = self.x.new_empty(*self.x.shape[:-1], self.channels)
         return first, torch.empty_like(first) if self.form == "halves" else first.new_empty(0)

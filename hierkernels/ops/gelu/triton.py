@@ -80,7 +80,7 @@ def _gelu_backward_kernel(
 
 
 def _launch(kernel: Any, call: GeluCall, target: Target, **tensors: torch.Tensor) -> Launch:
-    total = call.x.shape[0] * call.channels
+    total = call.x.numel() // (1 if call.form == "plain" else 2)
     arguments = {f"{name}_ptr": t for name, t in tensors.items()} | {
         "x_ptr": call.x, "total": total, "C": call.channels, "FORM": call.form, "BLOCK": _BLOCK,
         "PRECISION": target.precision, "num_warps": 4, "num_stages": 1,

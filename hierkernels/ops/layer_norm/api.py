@@ -47,7 +47,8 @@ def layer_norm(
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016), equations 3 and 4.
     """
     call = problem(x, weight, bias, eps=eps, shift=shift, dtype=dtype)
-    return run(call, backend).view(x.shape)
+    out = run(call, backend)
+    return out if x.ndim == 3 else out.view(x.shape)
 
 
 def problem(

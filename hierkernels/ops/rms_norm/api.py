@@ -81,10 +81,11 @@ def make_call(
     check_flag("eps_is_added", eps_is_added)
     check_int("shift", shift, 0, 2**62)
     to = _output_dtype(x, weight, dtype)
-    N, C = x.shape[-2:]
-    rows = x.reshape(math.prod(x.shape[:-2]), N, C).contiguous()
+    if x.ndim != 3:
+        N, C = x.shape[-2:]
+        x = x.reshape(math.prod(x.shape[:-2]), N, C)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    return NormCall(rows, weight, bias, float(eps), eps_is_added, shift, to)
+    return NormCall(x.contiguous(), weight, bias, float(eps), eps_is_added, shift, to)
 
 
 def run(call: NormCall, backend: str | None) -> torch.Tensor:
@@ -137,7 +138,8 @@ def rms_norm(
         shift is that of RWKV (Peng et al., 2023, section 3.1.1) with a mix of 0 and 1.
     """
     call = make_call(x, weight, eps=eps, eps_is_added=eps_is_added, shift=shift, dtype=dtype)
-    return run(call, backend).view(x.shape)
+    out = run(call, backend)
+    return out if x.ndim == 3 else out.view(x.shape)
 
 
 def problem(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> NormCall:

@@ -10,6 +10,7 @@ from hierkernels.native import native
 from hierkernels.ops.rms_norm.call import NormCall
 from hierkernels.refusals import cpu_reasons
 
+
 def supports(call: NormCall) -> list[str]:
     """Why the CPU kernels cannot compute this call; empty if they can."""
     return cpu_reasons("x", call.x)
