@@ -469,6 +469,10 @@ struct Task {
         end[t] = strip + 1;
       }
       if (f.adds || f.hides || f.modifiers.dropout) load_modifiers(row0 + row, row, n, key, t0, t1, kept_pair);
+      if (f.adds && strip + 1 == strips) {
+        for (int64_t r = row0 + row + kBlock; r < row0 + row + 2 * kBlock && r < f.rows; ++r)
+          f.modifiers.prefetch_row(b, head(r), query(r), j0, 32);
+      }
       const int keys = static_cast<int>(f.Nk - key < 32 ? f.Nk - key : 32), key_halves = keys > 16 ? 2 : 1;
       const int last_halves = n - (t1 - 1) * 32 > 16 ? 2 : 1;
       scores(m.k + strip * 32 * f.steps * 32, q_t, f.steps, key_halves, t0, t1, last_halves, m.s);

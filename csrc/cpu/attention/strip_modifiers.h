@@ -37,14 +37,14 @@ struct StripModifiers {
           const float* row = t.as<float>() + at;
           low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(valid), row);
           high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(valid >> 16), row + 16);
-          __builtin_prefetch(row + kKeys);
-          __builtin_prefetch(row + kKeys + 16);
+          __builtin_prefetch(row + kKeys, 0, 2);
+          __builtin_prefetch(row + kKeys + 16, 0, 2);
         } else {
           const bf16* row = t.as<bf16>() + at;
           const __m512i both = _mm512_maskz_loadu_epi16(valid, row);
           low = from_bf16(_mm512_castsi512_si256(both));
           high = from_bf16(_mm512_extracti64x4_epi64(both, 1));
-          __builtin_prefetch(row + kKeys);
+          __builtin_prefetch(row + kKeys, 0, 2);
         }
         low = _mm512_mul_ps(low, log2e);
         high = _mm512_mul_ps(high, log2e);
