@@ -56,17 +56,16 @@ Kernels kernels_for(const AttentionParams& p) {
 
 }  // namespace
 
+void clear_sums(const Tensor& t) {
+  const int64_t bytes = t.span_bytes(), chunk = int64_t{1} << 20;
+#pragma omp parallel for schedule(static) if (bytes > chunk)
+  for (int64_t at = 0; at < bytes; at += chunk)
+    std::memset(static_cast<char*>(t.data) + at, 0, static_cast<size_t>(bytes - at < chunk ? bytes - at : chunk));
+}
+
 void attention_forward(const AttentionParams& p) { kernels_for(p).forward(p); }
 void attention_backward(const AttentionParams& p) {
-  if (p.dbias) {
-    const int64_t bytes = p.dbias.span_bytes(), chunk = int64_t{1} << 20;
-    advise_huge_pages(p.dbias.data, static_cast<size_t>(bytes));
-    if (!p.bias_of_pairs()) {  // kernels add to it
-#pragma omp parallel for schedule(static) if (bytes > chunk)
-      for (int64_t at = 0; at < bytes; at += chunk)
-        std::memset(static_cast<char*>(p.dbias.data) + at, 0, static_cast<size_t>(bytes - at < chunk ? bytes - at : chunk));
-    }
-  }
+  if (p.dbias) advise_huge_pages(p.dbias.data, static_cast<size_t>(p.dbias.span_bytes()));
   kernels_for(p).backward(p);
 }
 

@@ -28,6 +28,9 @@ void attention_forward(const AttentionParams& p);
 void attention_backward(const AttentionParams& p);
 }  // namespace amx
 
+// Zeros, by all threads, in a gradient that kernels add to.
+void clear_sums(const Tensor& t);
+
 // Chooses the kernel for the instruction set in use (isa.h) and runs it.
 void attention_forward(const AttentionParams& p);
 void attention_backward(const AttentionParams& p);

@@ -19,6 +19,7 @@
 #include "../simd_math.h"
 #include "bf16_tiles.h"
 #include "attention.h"
+#include "kernel_shape.h"
 #include "next_inputs.h"
 #include "bias_gradient.h"
 #include "score_modifiers.h"
@@ -617,6 +618,7 @@ void attention_backward(const AttentionParams& p) {
   const Backward f(p, omp_get_max_threads());
   const int64_t heads = f.B * f.Hkv, tasks = heads * f.splits;
   if (heads == 0) return;
+  const int at_once = tasks_at_once(tasks);
   advise_huge_pages(p.dq.data, p.dq.span_bytes());
   advise_huge_pages(p.dk.data, p.dk.span_bytes());
   advise_huge_pages(p.dv.data, p.dv.span_bytes());
@@ -628,12 +630,22 @@ void attention_backward(const AttentionParams& p) {
   {
     const Backward::Buffers buffers = f.allocate();
     const ProductSession session;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < tasks; ++t) {
+    const auto run = [&](int64_t t) {
       const int64_t head = t / f.splits, b = head / f.Hkv, h = head % f.Hkv;
       float* dk = sums ? sums + t * (k_size + v_size) : buffers.dk;
       float* dv = sums ? dk + k_size : buffers.dv;
       Task(f, buffers, dbias, b, h, t % f.splits, dk, dv).run();
+    };
+    if (dbias.by_heads()) {
+#pragma omp for schedule(dynamic)
+      for (int64_t h = 0; h < f.Hkv; ++h)
+        for (int64_t b = 0; b < f.B; ++b) run(b * f.Hkv + h);  // not split, since there is a gradient of the bias
+    } else if (dbias.fixed()) {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < tasks; ++t) run(t);
+    } else {
+#pragma omp for schedule(dynamic, at_once)
+      for (int64_t t = 0; t < tasks; ++t) run(t);
     }
     _mm_sfence();  // streamed stores become visible to the thread that goes on
     if (sums) {

@@ -1,8 +1,9 @@
 // The gradient of an additive bias: a sum over its broadcast dimensions, the same from run to run.
 //
-// A task is a key/value head of a batch entry. Where no two tasks share an element of the bias, they add to it
-// directly, or store where each element belongs to one (query, key) pair, in the type of the result; else each thread,
-// which takes the same tasks every time, adds to a copy of its own, and the copies are added in order at the end.
+// A task is a key/value head of a batch entry. Where no two threads share an element of the bias, since a thread takes a
+// head of all batch entries or nothing is shared, tasks add to it directly, or store where each element belongs to one
+// (query, key) pair, in the type of the result; else each thread, which takes the same tasks every time, adds to a copy of
+// its own, and the copies are added in order at the end.
 #pragma once
 #include "../scratch.h"
 #include "../simd.h"
@@ -22,20 +23,28 @@ class BiasGradient {
     large_ = t_.span_bytes() >= static_cast<int64_t>(kLargeOutput) && reinterpret_cast<uintptr_t>(t_.data) % 64 == 0;
     size_ = 1;
     for (int d = 0; d < 4; ++d) size_ *= t_.size[d];
-    const bool shared = (p.batch() > 1 && t_.stride[0] == 0) || (p.kv_heads() > 1 && t_.stride[1] == 0);
-    if (!shared || threads == 1) return;
+    const bool of_batch = p.batch() > 1 && t_.stride[0] == 0, of_heads = p.kv_heads() > 1 && t_.stride[1] == 0;
+    // A thread for each head must not leave many of them idle.
+    by_heads_ = of_batch && !of_heads && (p.kv_heads() + threads - 1) / threads * threads <= p.kv_heads() * 5 / 4;
+    stores_first_ = by_heads_ && p.bias_of_batch_pairs();
+    if (!once_ && !stores_first_) clear_sums(t_);
+    if (!(of_batch || of_heads) || by_heads_ || threads == 1) return;
     copies_ = threads;
     copies_data_ = reinterpret_cast<F*>(thread_scratch(ScratchUse::kBias, static_cast<size_t>(size_) * copies_ * sizeof(F)));
 #pragma omp parallel for schedule(static)
     for (int c = 0; c < copies_; ++c) memset(copies_data_ + c * size_, 0, static_cast<size_t>(size_) * sizeof(F));
   }
 
+  // Whether a thread takes a head of all batch entries; whether the same thread must take the same tasks every time.
+  bool by_heads() const { return by_heads_; }
+  bool fixed() const { return copies_ > 1; }
+
   // The sums of a thread.
   F* of_thread(int thread) const { return copies_ > 1 ? copies_data_ + thread * size_ : t_.as<F>(); }
 
   // Before the rows' sums: zeros for the keys outside [lo, hi), if nobody else writes them.
   void begin_row(F* sums, int64_t b, int64_t h, int64_t i, int64_t lo, int64_t hi) const {
-    if (!once_) return;
+    if (!stores(b)) return;
     const int64_t bytes = t_.element_bytes();
     char* to = reinterpret_cast<char*>(sums) + (b * t_.stride[0] + h * t_.stride[1] + i * t_.stride[2]) * bytes;
     if (lo > hi) lo = hi;
@@ -45,13 +54,14 @@ class BiasGradient {
 
   // sums[b, h, i, j0 .. j0 + n) += 32 numbers, of which the first n count.
   HK_INLINE void add_row(F* sums, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, __m512 low, __m512 high) const {
-    if (!once_ && t_.stride[3] == 0) {
+    const bool stored = stores(b);
+    if (!stored && t_.stride[3] == 0) {
       alignas(64) float line[32];
       _mm512_store_ps(line, low);
       _mm512_store_ps(line + 16, high);
       return add_row(sums, b, h, i, j0, n, line);
     }
-    if (!once_) {
+    if (!stored) {
       const int64_t column = slots_.column(i, j0);
       float* to = sums + b * t_.stride[0] + h * t_.stride[1] + slots_.row(i) * t_.stride[2] + column;
       const __mmask32 there = first_lanes32(slots_.end(column, n)) & ~first_lanes32(slots_.begin(column));
@@ -102,9 +112,13 @@ class BiasGradient {
   }
 
  private:
+  // Whether a batch entry's numbers are stored, not added.
+  HK_INLINE bool stores(int64_t b) const { return once_ || (stores_first_ && b == 0); }
+
   Tensor t_;
   BiasSlots slots_;
   bool once_;
+  bool by_heads_ = false, stores_first_ = false;
   bool large_ = false;  // whole lines are written past the caches
   int64_t n_keys_;
   int copies_;
