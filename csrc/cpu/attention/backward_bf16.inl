@@ -34,6 +34,7 @@ constexpr int kScoreStride = kBlock + 16; // padded against 4K aliasing
 constexpr int kProbStride = kBlock + 32;
 constexpr int64_t kSegment = 4096;        // rows whose packs are kept at a time
 constexpr int64_t kNarrowSegment = 1024;  // the same, where they see few keys
+constexpr int64_t kSplitBytes = int64_t{256} << 20;  // of the sums of dK and dV of all splits, at most
 constexpr float kNever = 1e30f;           // the log-sum-exp of a row that sees nothing: exp2(s - kNever) = 0
 
 // dS of two keys, as the pairs that a B tile wants.
@@ -76,27 +77,29 @@ struct Backward {
         stream_dq(worth_streaming(params.dq)),
         stream_dk(worth_streaming(params.dk)),
         stream_dv(worth_streaming(params.dv)) {
-    // Fewer heads than threads: split the rows of each. Later rows see more keys, so a split takes every
-    // splits-th segment, to and fro; a bias gradient that is shared between rows must not be split.
-    const int64_t heads = B * Hkv;
-    const int64_t padded = (rows + 31) & ~int64_t{31};
-    splits = heads >= threads || heads == 0 || p.dbias ? 1 : (threads + heads - 1) / heads;
-    segment = padded < 32 ? 32 : padded < kSegment ? padded : kSegment;
+    const int64_t heads = B * Hkv, padded = (rows + 31) & ~int64_t{31};
+    // Narrow windows: all that a segment takes, and the sums of the keys that it sees, fit the second-level cache.
+    segment = padded < 32 ? 32 : padded < kNarrowSegment ? padded : kNarrowSegment;
+    narrow = segment < rows && most_strips() * 32 <= 2 * kNarrowSegment;
+    // Few heads: the rows of each are split, so that the threads can share the work evenly. Later rows see more keys, so a
+    // split takes every splits-th segment, to and fro; a bias gradient that is shared between rows must not be split.
+    // Not with a window, where sums of all keys would cost more than threads that wait.
+    const bool window = narrow && keys > 2 * kNarrowSegment;
+    splits = 1;
+    if (heads > 0 && heads < (window ? threads : 4 * threads) && !p.dbias) {
+      const int64_t bytes = heads * keys * (steps + v_steps) * 32 * static_cast<int64_t>(sizeof(float));
+      while (splits < threads && heads * splits % threads != 0) ++splits;
+      while (splits > 1 && splits * bytes > kSplitBytes) --splits;
+    }
+    if (!narrow || splits > 1) segment = padded < 32 ? 32 : padded < kSegment ? padded : kSegment;
     if (splits > 1) {
-      const int64_t share = (padded / (splits * 4) + kBlock) / kBlock * kBlock;
+      const int64_t share = (padded + splits * 4 * kBlock - 1) / (splits * 4 * kBlock) * kBlock;  // four segments a split
       segment = share < segment ? share : segment;
       const int64_t segments = (rows + segment - 1) / segment;
       splits = segments < 1 ? 1 : segments < splits ? segments : splits;
     }
-    ring = keys / 32;
-    if (splits == 1) {
-      // Narrow windows: all that a segment takes, and the sums of the keys that it sees, fit the second-level cache.
-      const int64_t most = segment;
-      segment = most < kNarrowSegment ? most : kNarrowSegment;
-      narrow = segment < rows && most_strips() * 32 <= 2 * kNarrowSegment;
-      if (!narrow) segment = most;
-      ring = most_strips();
-    }
+    narrow = narrow && splits == 1;
+    ring = splits > 1 ? keys / 32 : most_strips();
   }
 
   // The most strips of keys that a segment of rows sees.
