@@ -69,7 +69,7 @@ class Backward {
 
   void run() {
     const int64_t units = plan_.units();
-    if (p_.dbias && !p_.bias_of_pairs() && !plan_.stores_first) clear_sums(p_.dbias);
+    if (p_.dbias && !p_.bias_of_pairs()) clear_sums(p_.dbias);
     if (units == 0) return;
     const int at_once = tasks_at_once(units);
     const int64_t partial_dq = plan_.splits > 1 ? plan_.pairs() * plan_.splits * dq_size() : 0;
@@ -204,7 +204,7 @@ class Backward {
       memset(dq, 0, static_cast<size_t>(dq_size()) * sizeof(F));
       w.begun = w.stored = blocks_.count();
     }
-    if (p_.dbias && stores_bias(t) && t.split == 0) {
+    if (p_.dbias && p_.bias_of_pairs() && t.split == 0) {
       const TileBiasGradient<F> bias = bias_gradient(t, dbias);
       for (int64_t g = 0; g < p_.group(); ++g)
         for (int64_t i = 0; i < p_.n_queries(); ++i)
@@ -395,13 +395,10 @@ class Backward {
     if (whole_ && !dq_in_place_) store_dq(t, first, tile.n, dq);
   }
 
-  // Whether a task stores the gradient of its bias: it does not add to that of another.
-  bool stores_bias(const BackwardTask& t) const { return p_.bias_of_pairs() || (plan_.stores_first && t.b == 0); }
-
   TileBiasGradient<F> bias_gradient(const BackwardTask& t, F* dbias) const {
     const Tensor& g = p_.dbias;
     if (!g) return {};
-    const bool once = stores_bias(t);
+    const bool once = p_.bias_of_pairs();
     const int64_t bytes = once ? g.element_bytes() : static_cast<int64_t>(sizeof(F));
     char* data = reinterpret_cast<char*>(dbias) + (t.b * g.stride[0] + t.kv_head * p_.group() * g.stride[1]) * bytes;
     return {data, g.stride[1], g.stride[2], g.stride[3], BiasSlots::from(p_), once, g.dtype, bytes};

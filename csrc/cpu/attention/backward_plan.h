@@ -20,7 +20,6 @@ struct BackwardPlan {
   int64_t batch, kv_heads, splits;
   bool share_batch, share_head, share_split;  // do tasks that differ in this write the same elements of dbias?
   int64_t families, members, chunks;
-  bool stores_first;  // the gradient of the bias: a family is a pair's batch entries, one after another
 
   int64_t pairs() const { return batch * kv_heads; }
   // The tile of keys that a split takes in a round, to and fro: with a causal range the first tiles have most rows.
@@ -76,7 +75,6 @@ inline BackwardPlan plan_backward(const AttentionParams& p, int64_t threads, int
     const int64_t bytes = g.size[0] * g.size[1] * g.size[2] * g.size[3] * element;
     while (plan.chunks > 1 && (plan.chunks - 1) * bytes > kBiasBudget) --plan.chunks;
   }
-  plan.stores_first = plan.chunks == 1 && plan.share_batch && p.bias_of_batch_pairs();
   return plan;
 }
 
