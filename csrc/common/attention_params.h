@@ -40,7 +40,7 @@ struct AttentionParams {
   int64_t dim_v() const { return v.size[3]; }
   // Whether each element of dbias belongs to one (query, key) pair: then it is stored, and nothing is summed.
   bool bias_of_pairs() const { return (dbias.stride[0] != 0 || batch() == 1) && bias_of_batch_pairs(); }
-  // The same within a batch entry: then the first one is stored.
+  // The same within a batch entry: then the first one may be stored.
   bool bias_of_batch_pairs() const {
     return bias_width == 0 && (dbias.stride[1] != 0 || heads() == 1) && (dbias.stride[2] != 0 || n_queries() == 1) &&
            (dbias.stride[3] != 0 || n_keys() == 1);

@@ -102,6 +102,22 @@ def test_accuracy_on_other_levels(
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_bias_gradient_of_nothing_is_zero(
+    dtype: torch.dtype, isa: str, set_isa: Callable[[str], None]
+) -> None:
+    set_isa(isa)
+    for B, N, K in ((0, 64, 64), (2, 0, 64), (2, 64, 0)):
+        for shape in ((1, 2, N, K), (1, 1, N, K), (1, 2, 1, K), (1, 2, N, 1), (1, 1, 1, 1)):
+            q, k = torch.randn(B, 2, N, 64, dtype=dtype), torch.randn(B, 2, K, 64, dtype=dtype)
+            bias = torch.randn(shape, dtype=dtype, requires_grad=True)
+            with poisoned_memory():
+                out = hk.attention(q, k, k, attn_bias=bias, backend="cpu")
+                (grad,) = torch.autograd.grad(out, bias, torch.ones_like(out))
+            assert (grad == 0).all(), f"{B} x {N} queries, {K} keys, bias {shape}"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_results_are_bitwise_repeatable(
     dtype: torch.dtype, isa: str, set_isa: Callable[[str], None]
 ) -> None:

@@ -620,6 +620,7 @@ struct Task {
 void attention_backward(const AttentionParams& p) {
   const Backward f(p, omp_get_max_threads());
   const int64_t heads = f.B * f.Hkv, tasks = heads * f.splits;
+  const BiasGradient<float> dbias(p, omp_get_max_threads());  // zeros, if nothing is to be added
   if (heads == 0) return;
   const int at_once = tasks_at_once(tasks);
   advise_huge_pages(p.dq.data, p.dq.span_bytes());
@@ -628,7 +629,6 @@ void attention_backward(const AttentionParams& p) {
   const float scale = static_cast<float>(p.scale);
   const int64_t k_size = f.key_floats(), v_size = f.value_floats();
   float* sums = f.splits > 1 ? reinterpret_cast<float*>(thread_scratch(ScratchUse::kShared, 4 * tasks * (k_size + v_size))) : nullptr;
-  const BiasGradient<float> dbias(p, omp_get_max_threads());
 #pragma omp parallel
   {
     const Backward::Buffers buffers = f.allocate();
