@@ -29,7 +29,6 @@ void attention_forward(const AttentionParams& p) {
 void attention_backward(const AttentionParams& p) {
   with_storage(p.q.dtype, [&]<class F>(const Storage<F>& storage) {
     for (const Tensor* t : {&p.dq, &p.dk, &p.dv}) advise_output(*t, storage.bytes);
-    if (p.dbias) advise_output(p.dbias, static_cast<int>(p.dbias.element_bytes()));  // zeroed, but perhaps not mapped yet
     Backward<F>(p, storage).run();
   });
 }

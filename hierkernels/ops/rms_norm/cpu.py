@@ -41,12 +41,10 @@ def backward(
     dx = torch.empty_like(call.x) if wanted[0] else None
     if not call.x.numel():
         return dx, *(torch.zeros_like(p) for p in call.parameters)
-    sums: list[torch.Tensor | None] = [None, None]
+    grads: list[torch.Tensor | None] = [None] * len(call.parameters)
     if any(wanted[1:]):
-        new = [torch.empty_like(p, dtype=call.accumulator) for p in call.parameters]
-        sums[: len(new)] = new
-    native().norm_backward(*_problem(call, inverse, mean), dout.contiguous(), dx, *sums)
-    return dx, *(
-        None if each is None else each.to(call.weight.dtype)
-        for each, _ in zip(sums, call.parameters, strict=False)
-    )
+        grads = [torch.empty_like(p, dtype=call.accumulator) for p in call.parameters]
+    dweight, dbias = (*grads, None)[:2]
+    problem = _problem(call, inverse, mean)
+    native().norm_backward(*problem, dout.contiguous(), dx, dweight, dbias)
+    return dx, *(None if grad is None else grad.to(call.weight.dtype) for grad in grads)
