@@ -69,7 +69,7 @@ hierkernels::GeluParams gelu_params(const py::object& x, int64_t form, const py:
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of hierkernels.";
   m.attr("built_from") = hierkernels::built_from();
-  hierkernels::bind_dtypes(m);
+  hierkernels::find_exchange();
 
   m.def("cpu_isa", [] { return hierkernels::isa_name(hierkernels::active_isa()); });
   m.def("set_cpu_isa", [](const std::string& name) {

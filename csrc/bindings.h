@@ -1,4 +1,4 @@
-// What the files that bind kernels to Python share. Tensors come as Python objects with torch's interface.
+// What the files that bind kernels to Python share. Tensors come as Python objects.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,10 +13,10 @@
 
 namespace hierkernels {
 
-// m.set_dtypes(torch's dtypes, in the order of DType): called once, when the module is loaded.
-void bind_dtypes(pybind11::module_& m);
+// Asks PyTorch how its tensors are read: called once, when the module is loaded.
+void find_exchange();
 
-// The tensor t as kernels see it; an empty one for None. Throws a Python error if it cannot be.
+// The torch.Tensor t as kernels see it; an empty one for None. Throws a Python error if it cannot be.
 Tensor tensor(const pybind11::object& t);
 
 // A call from the arguments of AttentionCall.arguments(), in hierkernels/ops/attention/call.py.

@@ -6,7 +6,8 @@ call that nothing in PyTorch watches may go to its backend directly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -79,8 +80,14 @@ def is_unwatched(tensors: Iterable[torch.Tensor | None]) -> bool:
         or _profiler_enabled()
     ):
         return False
-    # A list, not a generator: half the time.
-    return all([t is None or _is_plain(t) for t in tensors])
+    # A list, not a generator: half the time. So is asking for keys here instead of by _is_plain.
+    keys = _PLAIN["cpu"]
+    return all([t is None or _dispatch_keys(t) in keys or _is_plain(t) for t in tensors])
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply for calls that are unwatched: it does not look for transforms first."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def in_functional_transform() -> bool:

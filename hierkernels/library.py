@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from hierkernels.eager import in_functional_transform, is_transformed
+from hierkernels.eager import direct_apply, in_functional_transform, is_transformed
 
 LIBRARY = torch.library.Library("hierkernels", "FRAGMENT")
 
@@ -171,5 +171,5 @@ def register(
     return Operator(
         differentiable(op, first, setup_context, differentiate),
         differentiable(op, second, keep_nothing, differentiate_twice),
-        Eager.apply,
+        direct_apply(Eager),
     )

@@ -15,8 +15,6 @@ from hierkernels.core_stamp import REBUILD, is_stale, misfit
 from hierkernels.version import __version__
 
 CPU_ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # each a superset of the one before
-# In the order of DType in csrc/common/tensor.h.
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64)
 
 _CSRC = Path(__file__).resolve().parents[1] / "csrc"  # in a checkout
 
@@ -61,7 +59,6 @@ def native() -> Any:
             RuntimeWarning,
             stacklevel=2,
         )
-    module.set_dtypes(DTYPES)
     _error = ""
     return module
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from hierkernels import dispatch
-from hierkernels.eager import is_unwatched
+from hierkernels.eager import direct_apply, is_unwatched
 from hierkernels.native import native
 
 # From so many rows on, copying the weight to panels is little of a product's time.
@@ -33,9 +33,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     rows = x.numel() // x.shape[-1]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if rows >= _ROWS and _has_core(x.dtype, dtype):
-        return _CoreLinear.apply(x, weight, bias, dtype)
+        return _core_linear(x, weight, bias, dtype)
     if dtype == x.dtype == torch.float32 and rows > 1 and _has_onednn():
-        out = _Linear.apply(x.reshape(rows, x.shape[-1]), weight, bias)
+        out = _onednn_linear(x.reshape(rows, x.shape[-1]), weight, bias)
         return out.view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
 
@@ -103,6 +103,9 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dbias
 
 
+_onednn_linear = direct_apply(_Linear)
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -165,3 +168,6 @@ class _CoreLinear(torch.autograd.Function):
         elif dbias is not None:
             torch.sum(drows, 0, dtype=dbias.dtype, out=dbias)
         return dx, dweight, dbias, None
+
+
+_core_linear = direct_apply(_CoreLinear)

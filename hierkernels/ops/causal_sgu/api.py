@@ -13,7 +13,8 @@ from hierkernels.ops.causal_sgu import reference
 from hierkernels.ops.causal_sgu import schema as schema  # registers the operators
 from hierkernels.ops.causal_sgu.call import ACTIVATIONS, SguCall
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HALVES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, *_HALVES, torch.float64)
 
 
 def _check_activations(tensors: dict[str, Any]) -> None:
@@ -22,23 +23,24 @@ def _check_activations(tensors: dict[str, Any]) -> None:
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     gate = tensors["gate"]
-    if gate.ndim != 3:
+    shape, dtype, device = gate.shape, gate.dtype, gate.device
+    if len(shape) != 3:
         raise ValueError(
-            f"gate must have 3 dimensions (batch, tokens, channels), got shape {tuple(gate.shape)}"
+            f"gate must have 3 dimensions (batch, tokens, channels), got shape {tuple(shape)}"
         )
-    if gate.dtype not in _FLOATS:
-        raise TypeError(f"gate must be float32, bfloat16, float16 or float64, got {gate.dtype}")
+    if dtype not in _FLOATS:
+        raise TypeError(f"gate must be float32, bfloat16, float16 or float64, got {dtype}")
     for name, t in tensors.items():
-        if t.shape != gate.shape:
+        if t is gate:
+            continue
+        if t.shape != shape:
             raise ValueError(
-                f"{name} must have the shape of gate {tuple(gate.shape)}, got {tuple(t.shape)}"
+                f"{name} must have the shape of gate {tuple(shape)}, got {tuple(t.shape)}"
             )
-        if t.dtype != gate.dtype:
-            raise TypeError(f"{name} must have the dtype of gate ({gate.dtype}), got {t.dtype}")
-        if t.device != gate.device:
-            raise ValueError(
-                f"{name} must be on the device of gate ({gate.device}), got {t.device}"
-            )
+        if t.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of gate ({dtype}), got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on the device of gate ({device}), got {t.device}")
 
 
 def _check_window(window: Any) -> int:
@@ -72,11 +74,8 @@ def _check_parameters(gate: torch.Tensor, weight: Any, bias: Any, window: int) -
         )
     if bias.shape != (H, rows):
         raise ValueError(f"bias must have shape {(H, rows)}, got {tuple(bias.shape)}")
-    allowed = {gate.dtype}
-    if gate.dtype in (torch.bfloat16, torch.float16):
-        allowed.add(torch.float32)
-    if weight.dtype not in allowed:
-        names = " or ".join(sorted(map(str, allowed)))
+    if weight.dtype != gate.dtype and not (gate.dtype in _HALVES and weight.dtype == torch.float32):
+        names = f"{gate.dtype}" + (" or torch.float32" if gate.dtype in _HALVES else "")
         raise TypeError(f"weight must be {names} where gate is {gate.dtype}, got {weight.dtype}")
     if bias.dtype != weight.dtype:
         raise TypeError(f"bias must have the dtype of weight ({weight.dtype}), got {bias.dtype}")

@@ -16,32 +16,34 @@ from hierkernels.ops.rms_norm.call import HALVES, NormCall
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _check_tensors(x: Any, **parameters: Any) -> None:
-    for name, t in (("x", x), *parameters.items()):
+def _check_tensors(x: Any, weight: Any, bias: Any) -> None:
+    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    for name, t in {"x": x, **parameters}.items():
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.ndim < 2 or x.shape[-1] < 1:
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if dtype not in _FLOATS:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {dtype}")
+    if len(shape) < 2 or shape[-1] < 1:
         raise ValueError(
             "x must have 2 dimensions or more, (..., tokens, channels), and at least one channel, "
-            f"got shape {tuple(x.shape)}"
+            f"got shape {tuple(shape)}"
         )
-    allowed = (x.dtype, torch.float32) if x.dtype in HALVES else (x.dtype,)
     for name, t in parameters.items():
-        if t.shape != x.shape[-1:]:
+        if t.shape != shape[-1:]:
             raise ValueError(
-                f"{name} must have one element a channel, shape {tuple(x.shape[-1:])}, got "
+                f"{name} must have one element a channel, shape {tuple(shape[-1:])}, got "
                 f"{tuple(t.shape)}"
             )
-        if t.dtype not in allowed:
-            names = " or ".join(map(str, allowed))
-            raise TypeError(f"{name} must be {names} where x is {x.dtype}, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on the device of x ({x.device}), got {t.device}")
-    dtypes = {t.dtype for t in parameters.values()}
-    if len(dtypes) > 1:
-        raise TypeError(f"weight and bias must have the same dtype, got {dtypes}")
+        if t.dtype != dtype and not (dtype in HALVES and t.dtype == torch.float32):
+            names = f"{dtype} or torch.float32" if dtype in HALVES else f"{dtype}"
+            raise TypeError(f"{name} must be {names} where x is {dtype}, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on the device of x ({device}), got {t.device}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(
+            f"weight and bias must have the same dtype, got {weight.dtype} and {bias.dtype}"
+        )
 
 
 def _check_eps(eps: Any) -> None:
@@ -54,6 +56,8 @@ def _check_eps(eps: Any) -> None:
 def _output_dtype(x: torch.Tensor, weight: torch.Tensor, dtype: Any) -> torch.dtype:
     if dtype is None:
         return torch.promote_types(x.dtype, weight.dtype)
+    if dtype == x.dtype:
+        return dtype
     allowed: tuple[torch.dtype, ...] = (x.dtype,)
     if x.dtype in HALVES:
         allowed = (x.dtype, torch.float32)
@@ -76,7 +80,7 @@ def make_call(
     dtype: torch.dtype | None = None,
 ) -> NormCall:
     """Checks the arguments of a norm and returns them in canonical form."""
-    _check_tensors(x, weight=weight, **({} if bias is None else {"bias": bias}))
+    _check_tensors(x, weight, bias)
     _check_eps(eps)
     check_flag("eps_is_added", eps_is_added)
     check_int("shift", shift, 0, 2**62)

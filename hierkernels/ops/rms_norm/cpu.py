@@ -17,7 +17,9 @@ def supports(call: NormCall) -> list[str]:
 
 
 def _problem(call: NormCall, inverse: torch.Tensor, mean: torch.Tensor) -> tuple:
-    weight, bias = (None if p is None else p.to(call.accumulator) for p in (call.weight, call.bias))
+    weight, bias = call.weight, call.bias
+    if weight.dtype != inverse.dtype:
+        weight, bias = weight.to(inverse.dtype), None if bias is None else bias.to(inverse.dtype)
     sizes = call.floor, call.addend, call.scale, call.shift, call.kept
     return call.x, weight, bias, *sizes, inverse, None if bias is None else mean
 

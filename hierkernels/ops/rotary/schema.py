@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
-from hierkernels.eager import is_unwatched
+from hierkernels.eager import direct_apply, is_unwatched
 from hierkernels.library import LIBRARY, compute_one_by_one, differentiable, register_autograd
 from hierkernels.ops.attention.call import unit_stride
 from hierkernels.ops.rotary.call import RotaryCall
@@ -59,9 +59,12 @@ class _Eager(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
+_eager = direct_apply(_Eager)
+
+
 def rotary(call: RotaryCall, backend: str) -> torch.Tensor:
     """out: the operator, or its implementation where nobody sees the difference."""
     run: Any = _watched
     if is_unwatched((call.x, call.cos, call.sin)):
-        run = _Eager.apply if torch.is_grad_enabled() and call.x.requires_grad else _forward
+        run = _eager if torch.is_grad_enabled() and call.x.requires_grad else _forward
     return run(call.x, call.cos, call.sin, call.transposed, backend)

@@ -18,8 +18,6 @@ from types import ModuleType
 
 from process_lock import process_lock
 
-from hierkernels.native import DTYPES
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 CSRC = ROOT / "csrc"
@@ -96,5 +94,4 @@ def load() -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.set_dtypes(DTYPES)
     return module

@@ -58,7 +58,7 @@ void bind_hopper_probes(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda_emulation, m) {
-  hierkernels::bind_dtypes(m);
+  hierkernels::find_exchange();
   hierkernels::bind_cuda(m);
   hierkernels::tensor_observer = [](const hierkernels::Tensor& t) {
     if (t.data) emulation::allow(t.data, static_cast<size_t>(t.span_bytes()));
