@@ -188,12 +188,13 @@ PYBIND11_MODULE(_native, m) {
   });
 
   m.def("has_product", &hierkernels::has_product);
-  m.def("product", [](const py::object& a, const py::object& b, const py::object& bias, bool in_bfloat16, const py::object& out,
-                      const py::object& row_sums) {
+  m.def("product", [](const py::object& a, const py::object& b, const py::object& bias, const py::object& addend, bool in_bfloat16,
+                      const py::object& out, const py::object& row_sums) {
     hierkernels::ProductParams p;
     p.a = tensor(a);
     p.b = tensor(b);
     p.bias = tensor(bias);
+    p.addend = tensor(addend);
     p.in_bfloat16 = in_bfloat16;
     p.out = tensor(out);
     p.row_sums = tensor(row_sums);

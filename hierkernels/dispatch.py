@@ -106,6 +106,17 @@ def resolve(op: str, problem: Any, backend: str = "") -> Choice:
     raise NotImplementedError(f"{op}: no backend supports this call: {refusals}")
 
 
+def module_for(op: str, problem: Any, backend: str = "") -> ModuleType:
+    """The module of the backend that resolve chooses."""
+    try:
+        first = load_backend(op, backend or AUTO_ORDER.get(problem.device_type, ("reference",))[0])
+        if not first.supports(problem):
+            return first
+    except ImportError:
+        pass
+    return load_backend(op, resolve(op, problem, backend).backend)
+
+
 def survey(op: str, problem: Any, backend: str = "") -> Choice:
     """Like resolve, but asks every backend, so that each refusal is listed."""
     refusals = {name: reasons for name in BACKENDS if (reasons := _reasons(op, name, problem))}

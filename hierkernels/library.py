@@ -129,6 +129,8 @@ def register(
     backward: tuple[Callable[..., Any], Callable[..., Any]],
     setup_context: Callable[..., None],
     differentiate: Callable[..., tuple],
+    *,
+    only_first: bool = False,
 ) -> Operator:
     """<op>_forward and <op>_backward, once defined: implementations, fakes and autograd.
 
@@ -137,6 +139,7 @@ def register(
         forward, backward: an implementation for CPU and CUDA tensors, and one for fake tensors.
         setup_context, differentiate: autograd of the forward, as torch.library.register_autograd
             takes it. The backward's own raises NotImplementedError.
+        only_first: what `eager` returns is the first output alone; the rest are for the backward.
     """
 
     def keep_nothing(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -162,7 +165,7 @@ def register(
             # A setup_context of its own would make PyTorch inspect the signature at every call.
             output = forward[0](*args)
             setup_context(ctx, args, output)
-            return output
+            return output[0] if only_first else output
 
         backward = staticmethod(differentiate)
 

@@ -21,26 +21,53 @@ from hierkernels.native import native
 _ROWS = 256
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear: ``x (..., K), weight (N, K), bias (N)`` to ``(..., N)``; its errors, its results.
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """F.linear, plus ``residual (..., N)``; its errors, its results.
 
-    Under autocast to bfloat16, x and a float32 weight may be rounded on the way, and gradients are
-    then rounded once, to the type that they are returned in. Within hk.use_backend("reference")
-    it is F.linear itself.
+    ``x (..., K), weight (N, K), bias (N)`` to ``(..., N)``. Under autocast to bfloat16, x and a
+    float32 weight may be rounded on the way, what is added to a float32 residual is not, and
+    gradients are rounded once, to the type that they are returned in. Within
+    hk.use_backend("reference") it is F.linear itself.
     """
-    if not _is_plain(x, weight, bias):
-        return F.linear(x, weight, bias)
+    if not _is_plain(x, weight, bias, residual):
+        return _sum(F.linear(x, weight, bias), residual)
     rows = x.numel() // x.shape[-1]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if rows >= _ROWS and _has_core(x.dtype, dtype):
-        return _core_linear(x, weight, bias, dtype)
+        if residual is None or _can_add(residual, x, weight, dtype):
+            return _core_linear(x, weight, bias, residual, dtype)
+        return _core_linear(x, weight, bias, None, dtype) + residual
     if dtype == x.dtype == torch.float32 and rows > 1 and _has_onednn():
         out = _onednn_linear(x.reshape(rows, x.shape[-1]), weight, bias)
-        return out.view(*x.shape[:-1], weight.shape[0])
-    return F.linear(x, weight, bias)
+        return _sum(out.view(*x.shape[:-1], weight.shape[0]), residual)
+    return _sum(F.linear(x, weight, bias), residual)
 
 
-def _is_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _sum(out: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    return out if residual is None else out + residual
+
+
+def _can_add(
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
+) -> bool:
+    """Whether the product of that dtype can begin with the residual."""
+    return residual.dtype in (dtype, torch.float32) and residual.shape == (
+        *x.shape[:-1],
+        weight.shape[0],
+    )
+
+
+def _is_plain(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> bool:
     """Tensors on a CPU of shapes that fit, the weight in float32, that nothing watches."""
     return (
         weight.dtype == torch.float32
@@ -54,7 +81,7 @@ def _is_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         and x.numel() > 0
         and weight.numel() > 0
         and dispatch.requested_backend(None) != "reference"
-        and is_unwatched((x, weight, bias))
+        and is_unwatched((x, weight, bias, residual))
     )
 
 
@@ -117,14 +144,18 @@ def _core_product(
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    addend: torch.Tensor | None = None,
     row_sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``a (M, K) @ b (K, N) + bias (N)``, multiplied in dtype, to out (..., N), M rows; out.
+    """``a (M, K) @ b (K, N) + bias (N) + addend``, multiplied in dtype, to out (..., N); out.
 
-    The sums of a's rows go to row_sums (M), float32.
+    out has M rows, addend its shape and type. The sums of a's rows go to row_sums (M), float32.
     """
     a, b = (t if 1 in t.stride() else t.contiguous() for t in (a, b))
-    native().product(a, b, bias, dtype == torch.bfloat16, out.view(a.shape[0], -1), row_sums)
+    if addend is not None:
+        addend = addend.reshape(a.shape[0], -1).contiguous()
+    target = out.view(a.shape[0], -1)
+    native().product(a, b, bias, addend, dtype == torch.bfloat16, target, row_sums)
     return out
 
 
@@ -135,19 +166,22 @@ class _CoreLinear(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.dtype = dtype
         if bias is not None:
             bias = bias.contiguous()
-        out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
-        return _core_product(_rows(x), weight.mT, dtype, out, bias=bias)
+        kept = dtype if residual is None else residual.dtype
+        out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=kept)
+        return _core_product(_rows(x), weight.mT, dtype, out, bias=bias, addend=residual)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx = dweight = dbias = None
+        dresidual = dout if ctx.needs_input_grad[3] else None
         rows, drows = _rows(x), _rows(dout)
         if torch.is_grad_enabled() or not is_unwatched((dout, x, weight)):
             # With create_graph the gradients need a graph.
@@ -156,7 +190,7 @@ class _CoreLinear(torch.autograd.Function):
             dweight = (drows.mT.to(to) @ rows.to(to)).to(weight.dtype)
             if ctx.needs_input_grad[2]:
                 dbias = drows.sum(0, dtype=weight.dtype)
-            return dx, dweight, dbias, None
+            return dx, dweight, dbias, dresidual, None
         if ctx.needs_input_grad[0]:
             dx = torch.empty(x.shape, dtype=x.dtype)
             _core_product(drows, weight, ctx.dtype, dx)
@@ -167,7 +201,7 @@ class _CoreLinear(torch.autograd.Function):
             _core_product(drows.mT, rows, ctx.dtype, dweight, row_sums=dbias)
         elif dbias is not None:
             torch.sum(drows, 0, dtype=dbias.dtype, out=dbias)
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias, dresidual, None
 
 
 _core_linear = direct_apply(_CoreLinear)

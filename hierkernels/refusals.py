@@ -14,6 +14,8 @@ CPU_DTYPES = (*GPU_DTYPES, torch.float64)
 
 def cpu_reasons(name: str, t: torch.Tensor) -> list[str]:
     """Why the compiled kernels cannot compute on t, an argument's name; empty if they can."""
+    if t.is_cpu and t.dtype in CPU_DTYPES and native() is not None:
+        return []
     reasons = []
     if not t.is_cpu:
         reasons.append(f"{name} is on a {t.device.type} device, the cpu backend needs CPU tensors")

@@ -140,7 +140,7 @@ class TinyAttention(nn.Module):
 
 
 class gMLPBlock(nn.Module):
-    """Expansion, gating over tokens, contraction: ``(B, N, C) -> (B, N, C)``."""
+    """Expansion, gating over tokens, contraction, plus a residual: ``(B, N, C) -> (B, N, C)``."""
 
     def __init__(
         self,
@@ -178,15 +178,16 @@ class gMLPBlock(nn.Module):
         )
         self.proj_out = Linear(dim_ff // 2, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         gate_residual = None if self.attn is None else self.attn(x)
-        return self.proj_out(self.sgu(self.proj_in(x), gate_residual))
+        return self.proj_out(self.sgu(self.proj_in(x), gate_residual), residual)
 
 
 class AxiallyFold(nn.Module):
     """Runs fn on each residue class of positions modulo e, then a causal depthwise convolution.
 
-    ``(B, N, C) -> (B, N, C)``. The convolution, over e positions, joins the classes again.
+    ``(B, N, C) -> (B, N, C)``, plus a residual. The convolution, over e positions, joins the
+    classes again.
     """
 
     def __init__(self, *, dim: int, every: int, fn: nn.Module) -> None:
@@ -195,13 +196,14 @@ class AxiallyFold(nn.Module):
         self.fn = fn
         self.conv = nn.Conv1d(dim, dim, kernel_size=every, groups=dim) if every > 1 else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.conv is None:
-            return self.fn(x)
+            return self.fn(x, residual)
         n, e = x.shape[1], self.every
         x = rearrange(F.pad(x, (0, 0, 0, -n % e)), "b (n e) c -> (b e) n c", e=e)
         x = rearrange(self.fn(x), "(b e) n c -> b c (n e)", e=e)[:, :, :n]
-        return rearrange(self.conv(F.pad(x, (e - 1, 0))), "b c n -> b n c")
+        x = rearrange(self.conv(F.pad(x, (e - 1, 0))), "b c n -> b n c")
+        return x if residual is None else x + residual
 
 
 class FeedForward(nn.Module):

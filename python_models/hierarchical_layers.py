@@ -42,7 +42,8 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Token shift, norm, expansion by ``mult``, GELU, contraction: ``(..., N, C)`` to the same."""
+    """Token shift, norm, expansion by ``mult``, GELU, contraction, plus a residual:
+    ``(..., N, C)`` to the same."""
 
     def __init__(self, dim: int, mult: float) -> None:
         super().__init__()
@@ -54,9 +55,9 @@ class FeedForward(nn.Module):
             Linear(inner, dim, bias=False),
         )
 
-    def forward(self, x: Tensor, shift: int = 0) -> Tensor:
+    def forward(self, x: Tensor, shift: int = 0, residual: Tensor | None = None) -> Tensor:
         norm, expand, act, contract = self.net
-        return contract(act(expand(norm(x, shift))))
+        return contract(act(expand(norm(x, shift))), residual)
 
 
 class Attention(nn.Module):
@@ -172,7 +173,7 @@ class HierarchicalBlock(nn.Module):
         if self.attn is not None:
             # Within a class the row that is so many rows earlier is the one before.
             x = self.by_class(partial(self.attn, shift=1), x) + x
-        return self.ff(x, self.classes) + x
+        return self.ff(x, self.classes, residual=x)
 
     def by_class(self, attend: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Runs ``(B * classes, M', C)`` to the same on the residue classes of ``x (B, M, C)``.

@@ -35,7 +35,7 @@ from python_models.sampling import Recomputation, chooser, collect, draw_tokens
 class Attention(nn.Module):
     """Token shift, then causal multi-query attention: H query heads share a key and value head.
 
-    ``x (R, N, C) -> (R, N, C)``.
+    ``x (R, N, C) -> (R, N, C)``, plus a residual.
     """
 
     def __init__(self, *, dim: int, dim_head: int, heads: int, dropout: float) -> None:
@@ -47,7 +47,9 @@ class Attention(nn.Module):
         self.to_kv = Linear(dim, 2 * dim_head, bias=False)
         self.to_out = Linear(heads * dim_head, dim, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, residual: Tensor | None = None
+    ) -> Tensor:
         x = self.norm(x, shift=1)
         q = rearrange(self.to_q(x), "r n (h d) -> r h n d", h=self.heads)
         k, v = rearrange(self.to_kv(x), "r n (kv d) -> kv r 1 n d", kv=2)
@@ -55,7 +57,7 @@ class Attention(nn.Module):
             q, k = hk.rotary(q, *rotary), hk.rotary(k, *rotary)
         dropout_p = self.dropout if self.training else 0.0
         out = hk.attention(q, k, v, is_causal=True, dropout_p=dropout_p)
-        return self.to_out(rearrange(out, "r h n d -> r n (h d)"))
+        return self.to_out(rearrange(out, "r h n d -> r n (h d)"), residual)
 
 
 class Transformer(nn.Module):
@@ -92,8 +94,8 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rotary = None if self.rotary_emb is None else self.rotary_emb.tables_of_pairs(x.shape[1])
         for attention, feed_forward in self.layers:
-            x = attention(x, rotary) + x
-            x = feed_forward(x, shift=1) + x
+            x = attention(x, rotary, residual=x)
+            x = feed_forward(x, shift=1, residual=x)
         return self.norm(x)
 
 

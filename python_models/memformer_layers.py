@@ -51,8 +51,9 @@ class Attention(nn.Module):
         query_mask: Tensor | None = None,
         key_mask: Tensor | None = None,
         mask: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """``(B, H, N, D)`` three times to ``(B, N, C)``.
+        """``(B, H, N, D)`` three times to ``(B, N, C)``, plus a residual.
 
         bias broadcasts to the scores; query_mask and key_mask ``(B, tokens)`` say which tokens are
         real; mask broadcasts to the scores. True = may attend.
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         )  # fmt: skip
         if self.upstream_quirks and (query_mask is not None or key_mask is not None):
             out = self._uniform_where_blind(out, v, query_mask, key_mask)
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"), residual)
 
     @staticmethod
     def _uniform_where_blind(
@@ -92,23 +93,26 @@ class Attention(nn.Module):
         bias: Tensor | None = None,
         query_mask: Tensor | None = None,
         key_mask: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Attention of x to context, or to itself; the masks and the bias as in :meth:`attend`."""
+        """Attention of x to context, or to itself; the rest as in :meth:`attend`."""
         k, v = self.keys_and_values(x if context is None else context).chunk(2, dim=1)
         return self.attend(
-            self.queries(x), k, v, bias=bias, query_mask=query_mask, key_mask=key_mask
-        )
+            self.queries(x), k, v, bias=bias, query_mask=query_mask, key_mask=key_mask,
+            residual=residual,
+        )  # fmt: skip
 
 
 class FeedForward(nn.Module):
-    """Expansion by 4, GELU, contraction: ``(..., C) -> (..., C)``."""
+    """Expansion by 4, GELU, contraction, plus a residual: ``(..., C) -> (..., C)``."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.net = nn.Sequential(Linear(dim, 4 * dim), GELU(), Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        expand, act, contract = self.net
+        return contract(act(expand(x)), residual)
 
 
 class Layers(nn.Module):

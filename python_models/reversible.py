@@ -29,7 +29,10 @@ def surviving(layers: Sequence[nn.Module], dropout: float) -> list[nn.Module]:
 
 
 class SequentialSequence(nn.Module):
-    """``x = x + layer(x)`` for each layer: ``(B, N, C) -> (B, N, C)``."""
+    """``x = x + layer(x)`` for each layer, which itself adds its argument residual.
+
+    ``(B, N, C) -> (B, N, C)``.
+    """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class SequentialSequence(nn.Module):
         if self.training and dropout > 0:
             layers = surviving(layers, dropout)
         for (layer,) in layers:
-            x = x + layer(x)
+            x = layer(x, residual=x)
         return x
 
 

@@ -79,12 +79,15 @@ def test_products(isa: str, types: tuple[torch.dtype, ...], layout: tuple[bool, 
             for shape, kind, transposed in zip(shapes, storage, layout, strict=True)
         )
         bias = torch.randn(n) if n % 2 else None
+        addend = torch.randn(m, n + 3).to(result)[:, 2 : n + 2] if m % 2 else None
         out, sums = torch.full((m, n), torch.nan, dtype=result), torch.full((m,), torch.nan)
         with poisoned_memory(), threads(3):
-            CORE.product(a, b, bias, dtype == BFLOAT, out, sums)
+            CORE.product(a, b, bias, addend, dtype == BFLOAT, out, sums)
         offset = torch.zeros(n) if bias is None else bias
         exact = a.to(dtype).double() @ b.to(dtype).double() + offset
         eager = (a.to(dtype) @ b.to(dtype) + offset.to(dtype)).to(result)
+        if addend is not None:
+            exact, eager = exact + addend.double(), eager + addend
         check([out], [eager], [exact])
         terms = a.to(dtype).double()
         size = terms.abs().sum(1).max() * torch.finfo(FLOAT).eps
@@ -95,7 +98,7 @@ def test_rows_apart(isa: str) -> None:
     """Operands and results that are parts of larger tensors; what lies between stays as it is."""
     whole, weight = torch.randn(30, 50), torch.randn(40, 90)
     out = torch.full((30, 100), 7.0)
-    CORE.product(whole[:, 4:24], weight[3:23, 5:70], None, False, out[:, 8:73], None)
+    CORE.product(whole[:, 4:24], weight[3:23, 5:70], None, None, False, out[:, 8:73], None)
     torch.testing.assert_close(out[:, 8:73], whole[:, 4:24] @ weight[3:23, 5:70])
     assert (out[:, :8] == 7).all() and (out[:, 73:] == 7).all()
 
@@ -103,10 +106,11 @@ def test_rows_apart(isa: str) -> None:
 def test_nothing_to_multiply(isa: str) -> None:
     """Without terms there is the bias; without rows or columns nothing is touched."""
     bias, out = torch.randn(4), torch.full((3, 4), torch.nan)
-    CORE.product(torch.empty(3, 0), torch.empty(0, 4), bias, False, out, None)
+    CORE.product(torch.empty(3, 0), torch.empty(0, 4), bias, None, False, out, None)
     assert torch.equal(out, bias.expand(3, 4))
     for m, n in ((0, 4), (3, 0)):
-        CORE.product(torch.ones(m, 2), torch.ones(2, n), None, False, torch.empty(m, n), None)
+        a, b = torch.ones(m, 2), torch.ones(2, n)
+        CORE.product(a, b, None, None, False, torch.empty(m, n), None)
 
 
 def test_levels_without_products() -> None:
@@ -119,9 +123,7 @@ def test_levels_without_products() -> None:
             CORE.set_cpu_isa(level)
             assert not CORE.has_product(False)
             with pytest.raises(RuntimeError, match="no product"):
-                CORE.product(
-                    torch.ones(2, 2), torch.ones(2, 2), None, False, torch.ones(2, 2), None
-                )
+                CORE.product(*(torch.ones(2, 2),) * 2, None, None, False, torch.ones(2, 2), None)
     finally:
         CORE.set_cpu_isa(before)
 
@@ -140,30 +142,54 @@ def core_calls(isa: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     return seen
 
 
+def linear_then_sum(x, weight, bias=None, residual=None) -> torch.Tensor:
+    """What products.linear stands for."""
+    out = F.linear(x, weight, bias)
+    return out if residual is None else out + residual
+
+
+@pytest.mark.parametrize("residual", [None, FLOAT, BFLOAT], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("autocast, kind", [(False, FLOAT), (True, FLOAT), (True, BFLOAT)], ids=str)
 def test_linear(
-    autocast: bool, kind: torch.dtype, bias: bool, core_calls: list[torch.dtype]
+    autocast: bool,
+    kind: torch.dtype,
+    bias: bool,
+    residual: torch.dtype | None,
+    core_calls: list[torch.dtype],
 ) -> None:
-    """Results and gradients: at most twice the error of F.linear, and a rounding of each."""
+    """Results and gradients: at most twice the error of PyTorch's, and a rounding of each."""
     x, weight = torch.randn(3, 100, 70).to(kind), torch.randn(50, 70)
     offset = torch.randn(50) if bias else None
+    added = None if residual is None else torch.randn(50, 3, 100).movedim(0, -1).to(residual)
     dout = torch.randn(50, 3, 100).movedim(0, -1)  # not contiguous
     used = BFLOAT if autocast else FLOAT
 
     def run(function, double: bool = False) -> list[torch.Tensor]:
-        leaves = [t.clone() for t in (x, weight, offset) if t is not None]
+        leaves = [None if t is None else t.clone() for t in (x, weight, offset, added)]
         if double:
-            leaves = [t.to(used).double() for t in leaves[:2]] + [t.double() for t in leaves[2:]]
-        leaves = [t.requires_grad_() for t in leaves]
+            leaves = [t.to(used).double() for t in leaves[:2]] + [
+                None if t is None else t.double() for t in leaves[2:]
+            ]
+        leaves = [None if t is None else t.requires_grad_() for t in leaves]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and not double):
             out = function(*leaves)
         grad = dout.to(used).to(out.dtype)
-        return [out, *torch.autograd.grad(out, leaves, grad)]
+        return [out, *torch.autograd.grad(out, [t for t in leaves if t is not None], grad)]
 
-    exact, eager, got = run(F.linear, double=True), run(F.linear), run(products.linear)
+    exact, eager = run(linear_then_sum, double=True), run(linear_then_sum)
+    got = run(products.linear)
     assert core_calls == [used] * 3
     check(got, eager, exact)
+
+
+def test_residual_of_another_shape(core_calls: list[torch.dtype]) -> None:
+    """It is broadcast as by a sum, or refused as by one."""
+    x, weight, row = torch.randn(300, 8), torch.randn(4, 8), torch.randn(4)
+    torch.testing.assert_close(products.linear(x, weight, None, row), F.linear(x, weight) + row)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        products.linear(x, weight, None, torch.ones(300, 5))
+    assert core_calls
 
 
 def test_only_the_gradients_that_are_wanted(core_calls: list[torch.dtype]) -> None:

@@ -4,13 +4,14 @@
 
 namespace hierkernels {
 
-// out (M, N) = a (M, K) b (K, N) + bias (N). float32 throughout; or, as products of bfloat16, each of a, b, out float32
-// or bfloat16, float32 operands rounded on the way. bias: float32, or none. One stride of a and one of b is 1, the
-// last of out and bias as well. row_sums (M), float32, or none: the sums of a's rows.
+// out (M, N) = a (M, K) b (K, N) + bias (N) + addend (M, N). float32 throughout; or, as products of bfloat16, each of a, b,
+// out float32 or bfloat16, float32 operands rounded on the way. bias: float32, or none; addend: as out, or none. One
+// stride of a and one of b is 1, the last of the others as well. row_sums (M), float32, or none: the sums of a's rows.
 struct ProductParams {
   Tensor a;
   Tensor b;
   Tensor bias;
+  Tensor addend;
   Tensor out;
   Tensor row_sums;
   bool in_bfloat16 = false;

@@ -19,8 +19,8 @@ constexpr int64_t kMostSixes = 16, kLeastSixes = 3, kPanelsPerRound = 32;
 // From so many rows for each other thread on, every thread packs all panels for itself: what another core wrote comes
 // slowly where cores do not share a cache (a quarter of the time of 256 rows, measured), packing twice takes 3 to 5%.
 constexpr int64_t kRowsForOwnPanels = 128;
-// Words of a sum that is added to the result: longer sums would be a little quicker, and have larger rounding errors.
-constexpr int64_t kWordsPerPass = 768;
+// Words of a pass over all rows, and of a sum that is added to the result: longer ones would have larger rounding errors.
+constexpr int64_t kWordsPerPass = 768, kWordsPerSum = 256;
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -49,18 +49,19 @@ void pack_rows(const Operand& x, const Part& part, float* out, int64_t stride, f
                            sums ? sums + part.line + r : nullptr);
 }
 
-// Where sums go: added to what is there, or to the bias.
+// Where sums go, and what is added to them, unless null: rows `addend_stride` apart, and a row for all of them.
 template <class Out>
 struct Target {
   Out* data;
   int64_t stride;
+  const Out* addend;
+  int64_t addend_stride;
   const float* bias;
-  bool adds;
 };
 
-// Up to six rows by the columns of a panel.
+// Up to six rows by the columns of a panel. Not inline: its loop then has all registers.
 template <class Out, int V>
-void multiply(const float* a, int64_t a_stride, int rows, const float* panel, int64_t words, int columns,
+__attribute__((noinline)) void multiply(const float* a, int64_t a_stride, int rows, const float* panel, int64_t words, int columns,
               const Target<Out>& to) {
   constexpr int W = kWidth<float>;
   const float* row[kRows];
@@ -68,7 +69,10 @@ void multiply(const float* a, int64_t a_stride, int rows, const float* panel, in
   for (int r = 0; r < kRows; ++r) {
     row[r] = a + (r < rows ? r : rows - 1) * a_stride;
     if (r < rows)
-      for (int v = 0; v < V; ++v) __builtin_prefetch(to.data + r * to.stride + v * W, 1);
+      for (int v = 0; v < V; ++v) {
+        __builtin_prefetch(to.data + r * to.stride + v * W, 1);
+        if (to.addend) __builtin_prefetch(to.addend + r * to.addend_stride + v * W);
+      }
   }
   VecF sums[kRows][V];
 #pragma GCC unroll 8
@@ -93,8 +97,7 @@ void multiply(const float* a, int64_t a_stride, int rows, const float* panel, in
       for (int v = 0; v < V; ++v) {
         Out* at = to.data + r * to.stride + v * W;
         const int n = columns - v * W < W ? columns - v * W : W;
-        if constexpr (kSame<Out, float>)
-          if (to.adds) sums[r][v] += load(at, n);
+        if (to.addend) sums[r][v] += load_as<float>(to.addend + r * to.addend_stride + v * W, n);
         if (to.bias) sums[r][v] += load(to.bias + v * W, n);
         Words::store_sums(at, sums[r][v], n);
       }
@@ -290,17 +293,37 @@ class Product {
             p_.row_sums && round.panel == 0 ? sums_ + r * left_.lines : nullptr};
   }
 
+  // Up to six rows by a panel. Sums that are not kept in float32 are finished at once.
+  HK_INLINE void multiply_six(const Round& round, int64_t panel, int64_t row, int64_t rows, const float* a) const {
+    const Tensor &out = p_.out, &addend = p_.addend;
+    const int64_t column = panel * kPanel, width = round_up(columns(panel), kWidth<float>);
+    Out* const to = out.as<Out>() + row * out.stride[0] + column;
+    Target<Out> target = {to, out.stride[0], nullptr, 0, nullptr};
+    if (round.word == 0 && p_.bias) target.bias = p_.bias.template as<float>() + column;
+    if (round.word == 0 && addend) {
+      target.addend = addend.as<Out>() + row * addend.stride[0] + column;
+      target.addend_stride = addend.stride[0];
+    }
+    const auto add_to_sums = [&] { target = {to, out.stride[0], to, out.stride[0], nullptr}; };
+    if (round.word > 0) add_to_sums();
+    const float* b = packed(round, panel);
+    for (int64_t rest = round.words;;) {
+      const int64_t words = kSame<Out, float> ? smaller(rest, kWordsPerSum) : rest;
+      multiply_panel<Out>(a, stride_, static_cast<int>(rows), b, words, columns(panel), target);
+      if ((rest -= words) == 0) return;
+      a += words;
+      b += words * width;
+      add_to_sums();
+    }
+  }
+
   void multiply_rows(const Round& round, int64_t begin, int64_t end, const float* copy, NextRows& later) {
     const float* a = in_place_ ? static_cast<const float*>(left_.data) + begin * stride_ + round.word : copy;
     const int64_t all = ceil_div(end - begin, kRows) * (round.end - round.panel);
     int64_t done = 0;
     for (int64_t panel = round.panel; panel < round.end; ++panel)
       for (int64_t row = begin; row < end; row += kRows) {
-        const bool starts = round.word == 0;
-        const Target<Out> to = {p_.out.template as<Out>() + row * p_.out.stride[0] + panel * kPanel, p_.out.stride[0],
-                                starts && p_.bias ? p_.bias.template as<float>() + panel * kPanel : nullptr, !starts};
-        multiply_panel<Out>(a + (row - begin) * stride_, stride_, static_cast<int>(smaller(end - row, kRows)),
-                            packed(round, panel), round.words, columns(panel), to);
+        multiply_six(round, panel, row, smaller(end - row, kRows), a + (row - begin) * stride_);
         later.advance(++done, all);
       }
     later.advance(1, 1);

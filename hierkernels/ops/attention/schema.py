@@ -34,7 +34,7 @@ def _call(args: tuple) -> AttentionCall:
 
 
 def _backend(call: AttentionCall, asked: str) -> ModuleType:
-    return dispatch.load_backend("attention", dispatch.resolve("attention", call, asked).backend)
+    return dispatch.module_for("attention", call, asked)
 
 
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:

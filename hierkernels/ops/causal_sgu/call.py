@@ -37,7 +37,7 @@ class SguCall:
 
     @property
     def device_type(self) -> str:
-        return self.gate.device.type
+        return "cpu" if self.gate.is_cpu else self.gate.device.type
 
     @property
     def heads(self) -> int:

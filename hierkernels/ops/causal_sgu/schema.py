@@ -26,7 +26,7 @@ LIBRARY.define(
 
 
 def _backend(call: SguCall, asked: str) -> ModuleType:
-    return dispatch.load_backend("causal_sgu", dispatch.resolve("causal_sgu", call, asked).backend)
+    return dispatch.module_for("causal_sgu", call, asked)
 
 
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +59,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: torch.Tensor | None, _: Any) -> tuple:
+def _differentiate(ctx: Any, dout: torch.Tensor | None, *_: Any) -> tuple:
     if dout is None:
         return (None,) * 9
     *tensors, z = ctx.saved_tensors
@@ -80,6 +80,7 @@ _OPERATOR = register(
     (_backward, _fake_backward),
     _setup_context,
     _differentiate,
+    only_first=True,
 )
 
 
@@ -90,7 +91,9 @@ def causal_sgu_forward(call: SguCall, keep: bool, backend: str) -> torch.Tensor:
     and refuses.
     """
     tensors = (call.residual, call.gate, call.weight, call.bias, call.gate_residual)
-    run = _OPERATOR.forward
-    if is_unwatched(tensors):
-        run = _OPERATOR.eager if keep else _forward
-    return run(*tensors, call.window, call.activation, keep, backend)[0]
+    arguments = (*tensors, call.window, call.activation, keep, backend)
+    if not is_unwatched(tensors):
+        return _OPERATOR.forward(*arguments)[0]
+    if keep:
+        return _OPERATOR.eager(*arguments)
+    return _backend(call, backend).forward(call, keep)[0]

@@ -18,7 +18,7 @@ class GeluCall:
 
     @property
     def device_type(self) -> str:
-        return self.x.device.type
+        return "cpu" if self.x.is_cpu else self.x.device.type
 
     @property
     def channels(self) -> int:

@@ -19,7 +19,7 @@ LIBRARY.define(
 
 
 def _backend(call: GeluCall, asked: str) -> ModuleType:
-    return dispatch.load_backend("gelu", dispatch.resolve("gelu", call, asked).backend)
+    return dispatch.module_for("gelu", call, asked)
 
 
 def _forward(x: torch.Tensor, form: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:

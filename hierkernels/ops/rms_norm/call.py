@@ -23,7 +23,7 @@ class NormCall:
 
     @property
     def device_type(self) -> str:
-        return self.x.device.type
+        return "cpu" if self.x.is_cpu else self.x.device.type
 
     @property
     def parameters(self) -> tuple[torch.Tensor, ...]:

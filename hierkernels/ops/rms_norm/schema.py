@@ -31,7 +31,7 @@ _ARGUMENTS = 7  # of a call
 
 
 def _backend(call: NormCall, asked: str) -> ModuleType:
-    return dispatch.load_backend("rms_norm", dispatch.resolve("rms_norm", call, asked).backend)
+    return dispatch.module_for("rms_norm", call, asked)
 
 
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -84,13 +84,16 @@ _OPERATOR = register(
     (_backward, _fake_backward),
     _setup_context,
     _differentiate,
+    only_first=True,
 )
 
 
 def norm(call: NormCall, backend: str) -> torch.Tensor:
     """out: the operator, or its implementation where nobody sees the difference."""
     tensors = (call.x, call.weight, call.bias)
-    run = _OPERATOR.forward
-    if is_unwatched(tensors):
-        run = _OPERATOR.eager if torch.is_grad_enabled() else _forward
-    return run(*tensors, call.eps, call.eps_is_added, call.shift, call.dtype, backend)[0]
+    arguments = (*tensors, call.eps, call.eps_is_added, call.shift, call.dtype, backend)
+    if not is_unwatched(tensors):
+        return _OPERATOR.forward(*arguments)[0]
+    if torch.is_grad_enabled():
+        return _OPERATOR.eager(*arguments)
+    return _backend(call, backend).forward(call)[0]

@@ -18,7 +18,7 @@ class RotaryCall:
 
     @property
     def device_type(self) -> str:
-        return self.x.device.type
+        return "cpu" if self.x.is_cpu else self.x.device.type
 
     def new_output(self) -> torch.Tensor:
         """Uninitialised, in x's order of memory."""

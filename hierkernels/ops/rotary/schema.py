@@ -19,8 +19,7 @@ LIBRARY.define(
 
 def _forward(*args: Any) -> torch.Tensor:
     call = RotaryCall(*args[:4])
-    choice = dispatch.resolve("rotary", call, args[4])
-    return dispatch.load_backend("rotary", choice.backend).forward(call)
+    return dispatch.module_for("rotary", call, args[4]).forward(call)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:

@@ -21,8 +21,7 @@ LIBRARY.define(
 
 
 def _backend(call: SelectCall, asked: str) -> ModuleType:
-    choice = dispatch.resolve("select_blocks", call, asked)
-    return dispatch.load_backend("select_blocks", choice.backend)
+    return dispatch.module_for("select_blocks", call, asked)
 
 
 def _forward(*args: Any) -> torch.Tensor:

@@ -42,7 +42,7 @@ def check_values(call: SelectedCall) -> None:
 
 
 def _backend(call: SelectedCall, asked: str) -> ModuleType:
-    return dispatch.load_backend(_OP, dispatch.resolve(_OP, call, asked).backend)
+    return dispatch.module_for(_OP, call, asked)
 
 
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
