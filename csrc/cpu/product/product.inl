@@ -236,10 +236,18 @@ class Product {
     const int64_t owner = own_panels_ ? omp_get_thread_num() : 0;
     return packed_ + (owner * panel_group_ + panel - round.panel) * kPanel * pass_words_;
   }
-  void pack(const Round& round, int64_t panel) const {
-    pack_right_.panel(right_, {panel * kPanel, columns(panel), round.word * Words::kTerms, round.words}, packed(round, panel));
+  // The words [word, word + words) of a round's panel.
+  void pack(const Round& round, int64_t panel, int64_t word, int64_t words) const {
+    const Part part = {panel * kPanel, columns(panel), (round.word + word) * Words::kTerms, words};
+    pack_right_.panel(right_, part, packed(round, panel) + word * round_up(columns(panel), kWidth<float>));
   }
-
+  // All panels of a round, in the order in which the operand lies in memory.
+  void pack_all(const Round& round) const {
+    const int64_t step = right_.terms_adjoin() ? round.words : kWidth<float>;
+    for (int64_t word = 0; word < round.words; word += step)
+      for (int64_t panel = round.panel; panel < round.end; ++panel)
+        pack(round, panel, word, smaller(round.words - word, step));
+  }
   // Cuts the rows into tasks, of sixteen times six rows each, the last ones smaller: then no thread waits long at the end.
   void share_rows() {
     int64_t row = 0;
@@ -267,9 +275,9 @@ class Product {
       if (!own_panels_) {
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
-        for (int64_t panel = round.panel; panel < round.end; ++panel) pack(round, panel);
+        for (int64_t panel = round.panel; panel < round.end; ++panel) pack(round, panel, 0, round.words);
       } else if (number < end) {
-        for (int64_t panel = round.panel; panel < round.end; ++panel) pack(round, panel);
+        pack_all(round);
       }
       for (int64_t next; number < end; number = next, turn ^= 1) {
         next = take();

@@ -279,6 +279,8 @@ class Backward {
     ahead.add(p.residual);
     ahead.add(p.z);
     if (p.dweight && bucket < end) ahead.add(p.gate);
+    if (bucket < end && !streamed) ahead.add(p.dresidual, true), ahead.add(p.dgate_residual, true);
+    if (bucket < end && !stream_dgate) ahead.add(p.dgate, true);
     ahead.spread(n_products);
   }
 

@@ -49,8 +49,8 @@ class RowsAhead {
     n_tensors_ = 0;
     tensor_ = row_ = rows_a_time_ = 0;
   }
-  HK_INLINE void add(const Tensor& t) {
-    if (t && tokens_ > 0) tensors_[n_tensors_++] = &t;
+  HK_INLINE void add(const Tensor& t, bool writes = false) {
+    if (t && tokens_ > 0) writes_[n_tensors_] = writes, tensors_[n_tensors_++] = &t;
   }
   // So that everything has been asked for after so many calls of ask.
   HK_INLINE void spread(int64_t calls) { rows_a_time_ = ceil_div(n_tensors_ * tokens_, max_of(calls, 1)); }
@@ -61,16 +61,20 @@ class RowsAhead {
       const int64_t bytes = t.element_bytes();
       for_each_run(*shape_, column_, count_, [&](int64_t b, int64_t c, int64_t, int64_t length) {
         const int64_t at = b * t.stride[0] + (first_ + row_) * t.stride[1] + head_ * shape_->dim + c;
-        prefetch(t.as<char>() + at * bytes, length * bytes);
+        if (writes_[tensor_])
+          prefetch_to_write(t.as<char>() + at * bytes, length * bytes);
+        else
+          prefetch(t.as<char>() + at * bytes, length * bytes);
       });
       if (++row_ == tokens_) row_ = 0, ++tensor_;
     }
   }
 
  private:
-  static constexpr int kMost = 4;
+  static constexpr int kMost = 7;
   const SguShape* shape_ = nullptr;
   const Tensor* tensors_[kMost];
+  bool writes_[kMost];
   int64_t head_ = 0, first_ = 0, tokens_ = 0, column_ = 0, count_ = 0, rows_a_time_ = 0;
   int n_tensors_ = 0, tensor_ = 0;
   int64_t row_ = 0;

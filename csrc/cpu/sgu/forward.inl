@@ -156,6 +156,7 @@ class Forward {
           ahead.aim(s, h, bucket * s.w, s.tokens(bucket), chunk * chunk_columns(), columns_of(chunk));
           ahead.add(p.residual);
           ahead.add(p.gate_residual);
+          if (!streamed) ahead.add(p.out, true), ahead.add(p.z, true);
           ahead.spread(product.products(n_strips));
           for (int64_t block = 0; block * Engine::kBlockRows < s.tokens(bucket); ++block) {
             product.multiply_block(bucket, block, n_strips, bucket_strips, c, kChunkStride);
