@@ -40,7 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--device", choices=("cpu", "cuda"), default=device, help="default: %(default)s"
     )
-    group.addoption("--seconds", type=float, default=0.35, help="timing budget of a group")
+    group.addoption(
+        "--seconds", type=float, help="timing budget of a group; default 0.35, with --full 5"
+    )
     group.addoption(
         "--save-result",
         action="store_true",
@@ -102,6 +104,7 @@ def measurements(
     meter.probe()
     say(f"roof: {meter.roof}")
     seconds, full = config.getoption("seconds"), config.getoption("full")
+    seconds = (5.0 if full else 0.35) if seconds is None else seconds
     yield Measurements(meter, seconds, full, say, len(groups))
     meter.probe_again()
     say(f"roof: {meter.roof}")
