@@ -37,8 +37,10 @@ def linear(
     if not _is_plain(x, weight, bias, residual):
         return _sum(F.linear(x, weight, bias), residual)
     rows = x.numel() // x.shape[-1]
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if rows >= _ROWS and _has_core(x.dtype, dtype):
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    # Without autocast, x in bfloat16 does not fit the weight.
+    if rows >= _ROWS and dtype == (torch.bfloat16 if autocast else torch.float32) and _has_core():
         if residual is None or _can_add(residual, x, weight, dtype):
             return _core_linear(x, weight, bias, residual, dtype)
         return _core_linear(x, weight, bias, None, dtype) + residual
@@ -85,13 +87,9 @@ def _is_plain(
     )
 
 
-def _has_core(stored: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether the core's products, in dtype of operands stored in another, are the quickest."""
-    return (
-        (dtype == torch.bfloat16 or dtype == stored == torch.float32)
-        and native() is not None
-        and native().cpu_isa() == "avx512bf16"
-    )
+def _has_core() -> bool:
+    """Whether the core's products are the quickest."""
+    return native() is not None and native().cpu_isa() == "avx512bf16"
 
 
 def _has_onednn() -> bool:

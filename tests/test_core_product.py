@@ -225,4 +225,6 @@ def test_few_rows_and_other_types_go_elsewhere(core_calls: list[torch.dtype]) ->
         assert torch.equal(products.linear(x, weight.to(dtype)), F.linear(x, weight.to(dtype)))
     with torch.autocast("cpu", torch.float16):
         products.linear(torch.randn(300, 8), weight)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        products.linear(torch.randn(300, 8).bfloat16(), weight)
     assert not core_calls

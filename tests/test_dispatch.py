@@ -105,6 +105,27 @@ def test_automatic_choice_asks_no_further(toy: _Backends) -> None:
     assert toy.asked == ["cpu"]
 
 
+def test_the_module_of_the_choice(toy: _Backends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that supports the call, past those that refuse or cannot be imported."""
+    modules = {name: toy.load("toy", name) for name in toy.reasons}
+
+    def load(op: str, backend: str) -> SimpleNamespace:
+        if backend not in modules:
+            raise ImportError
+        return modules[backend]
+
+    monkeypatch.setattr(dispatch, "load_backend", load)
+    assert dispatch.module_for("toy", CPU) is modules["cpu"]
+    assert toy.asked == ["cpu"]
+    assert dispatch.module_for("toy", CUDA) is modules["reference"]
+    assert dispatch.module_for("toy", CUDA, "reference") is modules["reference"]
+    del modules["triton"]
+    assert dispatch.module_for("toy", CUDA) is modules["reference"]
+    for name, reason in (("cuda", "too old"), ("triton", "cannot be imported")):
+        with pytest.raises(NotImplementedError, match=reason):
+            dispatch.module_for("toy", CUDA, name)
+
+
 def test_forced_backend_never_falls_back(toy: _Backends) -> None:
     assert dispatch.resolve("toy", CPU, "reference").backend == "reference"
     with pytest.raises(NotImplementedError) as raised:

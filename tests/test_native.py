@@ -92,6 +92,34 @@ def test_stamps_tell_sources_apart(tmp_path: Path) -> None:
 
 
 @needs_core
+@pytest.mark.parametrize(
+    "tensor, error, words",
+    [
+        (3, TypeError, "a torch.Tensor expected"),
+        (torch.zeros(2, 4, dtype=torch.int16), TypeError, "no tensors of 16 bits"),
+        (torch.zeros(1, 1, 1, 1, 4), ValueError, "at most 4 dimensions"),
+        (torch.zeros(2, 4).to_sparse(), RuntimeError, "data pointer"),
+    ],
+    ids=["number", "int16", "dimensions", "sparse"],
+)
+def test_what_the_core_cannot_read_is_refused(
+    tensor: object, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        CORE.gelu_forward(tensor, 0, torch.zeros(2, 4), None)
+
+
+@needs_core
+def test_tensors_are_read_as_they_lie() -> None:
+    """Parts of tensors, by offset and stride, and parameters; dtypes that kernels compute in."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        x, out = torch.randn(3, 8).to(dtype), torch.zeros(5, 8, dtype=dtype)
+        CORE.gelu_forward(torch.nn.Parameter(x)[1:], 0, out[2:4], None)
+        torch.testing.assert_close(out[2:4], torch.nn.functional.gelu(x[1:]))
+        assert (out[:2] == 0).all() and (out[4:] == 0).all()
+
+
+@needs_core
 def test_instruction_sets_are_named_and_nested() -> None:
     isas = CORE.cpu_isas()
     assert tuple(isas) == CPU_ISAS[: len(isas)] and isas
