@@ -25,6 +25,11 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+def device_type(t: torch.Tensor) -> str:
+    """The type of t's device; of CPUs in a tenth of the time of t.device.type."""
+    return "cpu" if t.is_cpu else t.device.type
+
+
 _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +41,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     first = tensors[0]
     if not isinstance(first, torch.Tensor):
         return tensors
-    kind = "cpu" if first.is_cpu else first.device.type  # is_cpu is a tenth of the time
+    kind = device_type(first)
     if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
         return tensors  # such as "meta", of which is_autocast_enabled knows nothing
     if not torch.is_autocast_enabled(kind):

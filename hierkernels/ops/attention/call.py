@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hierkernels.arguments import device_type
 from hierkernels.key_range import KeyRange
 
 
@@ -53,7 +54,7 @@ class AttentionCall:
 
     @property
     def device_type(self) -> str:
-        return "cpu" if self.q.is_cpu else self.q.device.type  # is_cpu is a tenth of the time
+        return device_type(self.q)
 
     @property
     def lse_dtype(self) -> torch.dtype:

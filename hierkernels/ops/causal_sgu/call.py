@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hierkernels.arguments import device_type
+
 # In the order of the numbers that the kernels know them by.
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "tanh", "sigmoid")
 GRADIENTS = ("residual", "gate", "weight", "bias", "gate_residual")
@@ -37,7 +39,7 @@ class SguCall:
 
     @property
     def device_type(self) -> str:
-        return "cpu" if self.gate.is_cpu else self.gate.device.type
+        return device_type(self.gate)
 
     @property
     def heads(self) -> int:

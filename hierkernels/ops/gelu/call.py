@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hierkernels.arguments import device_type
+
 FORMS = ("plain", "halves", "gated")
 
 
@@ -18,7 +20,7 @@ class GeluCall:
 
     @property
     def device_type(self) -> str:
-        return "cpu" if self.x.is_cpu else self.x.device.type
+        return device_type(self.x)
 
     @property
     def channels(self) -> int:

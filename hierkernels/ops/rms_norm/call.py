@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hierkernels.arguments import device_type
+
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -23,7 +25,7 @@ class NormCall:
 
     @property
     def device_type(self) -> str:
-        return "cpu" if self.x.is_cpu else self.x.device.type
+        return device_type(self.x)
 
     @property
     def parameters(self) -> tuple[torch.Tensor, ...]:

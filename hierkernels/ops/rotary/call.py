@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hierkernels.arguments import device_type
+
 
 @dataclass(slots=True)
 class RotaryCall:
@@ -18,7 +20,7 @@ class RotaryCall:
 
     @property
     def device_type(self) -> str:
-        return "cpu" if self.x.is_cpu else self.x.device.type
+        return device_type(self.x)
 
     def new_output(self) -> torch.Tensor:
         """Uninitialised, in x's order of memory."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hierkernels.arguments import device_type
 from hierkernels.key_range import KeyRange, Staircase
 
 # Of scoring="logit": a logit that stands for "no block", and the least probability of a choice.
@@ -46,7 +47,7 @@ class SelectCall:
 
     @property
     def device_type(self) -> str:
-        return "cpu" if self.q.is_cpu else self.q.device.type
+        return device_type(self.q)
 
     @property
     def lse_dtype(self) -> torch.dtype:

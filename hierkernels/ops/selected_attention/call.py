@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hierkernels.arguments import device_type
 from hierkernels.ops.attention.call import new_like
 
 
@@ -35,7 +36,7 @@ class SelectedCall:
 
     @property
     def device_type(self) -> str:
-        return "cpu" if self.q.is_cpu else self.q.device.type
+        return device_type(self.q)
 
     @property
     def lse_dtype(self) -> torch.dtype:
