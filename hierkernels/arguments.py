@@ -25,6 +25,16 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def check_parameter_dtype(name: str, t: torch.Tensor, of: str, dtype: torch.dtype) -> None:
+    """TypeError unless t is in the dtype of the argument `of`, or in float32 beside 16 bits."""
+    if t.dtype != dtype and not (dtype in HALVES and t.dtype == torch.float32):
+        names = f"{dtype} or torch.float32" if dtype in HALVES else f"{dtype}"
+        raise TypeError(f"{name} must be {names} where {of} is {dtype}, got {t.dtype}")
+
+
 def device_type(t: torch.Tensor) -> str:
     """The type of t's device; of CPUs in a tenth of the time of t.device.type."""
     return "cpu" if t.is_cpu else t.device.type

@@ -75,7 +75,7 @@ def _is_plain(
         weight.dtype == torch.float32
         and x.dtype in (torch.float32, torch.bfloat16)
         and (bias is None or bias.dtype == torch.float32)
-        and x.is_cpu
+        and all([t is None or t.is_cpu for t in (x, weight, bias, residual)])
         and x.ndim > 1
         and weight.ndim == 2
         and x.shape[-1] == weight.shape[1]

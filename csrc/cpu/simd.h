@@ -206,6 +206,7 @@ HK_INLINE void store(F* p, Vec<F> v, int n) {
 HK_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at, 0, 2);
 }
+// The same of memory that is written next.
 HK_INLINE void prefetch_to_write(void* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<char*>(p) + at, 1, 2);
 }

@@ -129,11 +129,6 @@ HK_INLINE void copy_row(const bf16* row, int dim, int steps, __m512i flip, bf16*
     _mm512_store_si512(out + 32 * s, _mm512_xor_si512(load_channels(row, 32 * s, dim), flip));
 }
 
-// Asks for the cache lines of a row of a result before it is stored.
-HK_INLINE void prefetch_row_to_write(const bf16* row, int steps) {
-  for (int s = 0; s < steps; ++s) __builtin_prefetch(row + 32 * s, 1, 2);
-}
-
 // Whether to write a result past the caches: it is large, and its rows are whole cache lines.
 HK_INLINE bool worth_streaming(const Tensor& t) {
   bool aligned = reinterpret_cast<uintptr_t>(t.data) % 64 == 0 && t.size[3] % 32 == 0;

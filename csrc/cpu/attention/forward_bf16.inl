@@ -201,7 +201,7 @@ struct Task {
       copy_row(row, f.D, f.steps, f.flip, m.q + r * f.steps * 32);
       next.ask(f.steps);
       if (!f.share && !f.stream)
-        prefetch_row_to_write(out.as<bf16>() + b * out.stride[0] + hq * out.stride[1] + i * out.stride[2], f.v_steps);
+        prefetch_to_write(out.as<bf16>() + b * out.stride[0] + hq * out.stride[1] + i * out.stride[2], 64 * f.v_steps);
     }
     for (int r = count; r < padded; ++r) zero_row(f.steps, m.q + r * f.steps * 32);
   }

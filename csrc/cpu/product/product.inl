@@ -19,7 +19,8 @@ constexpr int64_t kMostSixes = 16, kLeastSixes = 3, kPanelsPerRound = 32;
 // From so many rows for each other thread on, every thread packs all panels for itself: what another core wrote comes
 // slowly where cores do not share a cache (a quarter of the time of 256 rows, measured), packing twice takes 3 to 5%.
 constexpr int64_t kRowsForOwnPanels = 128;
-// Words of a pass over all rows, and of a sum that is added to the result: longer ones would have larger rounding errors.
+// Words of a pass over all rows, whose panels stay in a cache, and of a sum that is then added to the result: longer sums
+// would have larger rounding errors.
 constexpr int64_t kWordsPerPass = 768, kWordsPerSum = 256;
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -61,8 +62,8 @@ struct Target {
 
 // Up to six rows by the columns of a panel. Not inline: its loop then has all registers.
 template <class Out, int V>
-__attribute__((noinline)) void multiply(const float* a, int64_t a_stride, int rows, const float* panel, int64_t words, int columns,
-              const Target<Out>& to) {
+__attribute__((noinline)) void multiply(const float* a, int64_t a_stride, int rows, const float* panel, int64_t words,
+                                        int columns, const Target<Out>& to) {
   constexpr int W = kWidth<float>;
   const float* row[kRows];
 #pragma GCC unroll 8
@@ -248,6 +249,7 @@ class Product {
       for (int64_t panel = round.panel; panel < round.end; ++panel)
         pack(round, panel, word, smaller(round.words - word, step));
   }
+
   // Cuts the rows into tasks, of sixteen times six rows each, the last ones smaller: then no thread waits long at the end.
   void share_rows() {
     int64_t row = 0;

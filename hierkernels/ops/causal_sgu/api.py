@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
-from hierkernels.arguments import autocast
+from hierkernels.arguments import autocast, check_parameter_dtype
 from hierkernels.ops.attention.call import unit_stride
 from hierkernels.ops.causal_sgu import reference
 from hierkernels.ops.causal_sgu import schema as schema  # registers the operators
 from hierkernels.ops.causal_sgu.call import ACTIVATIONS, SguCall
 
-_HALVES = (torch.bfloat16, torch.float16)
-_FLOATS = (torch.float32, *_HALVES, torch.float64)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _check_activations(tensors: dict[str, Any]) -> None:
@@ -74,9 +73,7 @@ def _check_parameters(gate: torch.Tensor, weight: Any, bias: Any, window: int) -
         )
     if bias.shape != (H, rows):
         raise ValueError(f"bias must have shape {(H, rows)}, got {tuple(bias.shape)}")
-    if weight.dtype != gate.dtype and not (gate.dtype in _HALVES and weight.dtype == torch.float32):
-        names = f"{gate.dtype}" + (" or torch.float32" if gate.dtype in _HALVES else "")
-        raise TypeError(f"weight must be {names} where gate is {gate.dtype}, got {weight.dtype}")
+    check_parameter_dtype("weight", weight, "gate", gate.dtype)
     if bias.dtype != weight.dtype:
         raise TypeError(f"bias must have the dtype of weight ({weight.dtype}), got {bias.dtype}")
     for name, t in (("weight", weight), ("bias", bias)):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from hierkernels import dispatch
-from hierkernels.arguments import check_flag, check_int
+from hierkernels.arguments import HALVES, check_flag, check_int, check_parameter_dtype
 from hierkernels.ops.rms_norm import reference
 from hierkernels.ops.rms_norm import schema as schema  # registers the operators
-from hierkernels.ops.rms_norm.call import HALVES, NormCall
+from hierkernels.ops.rms_norm.call import NormCall
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -35,9 +35,7 @@ def _check_tensors(x: Any, weight: Any, bias: Any) -> None:
                 f"{name} must have one element a channel, shape {tuple(shape[-1:])}, got "
                 f"{tuple(t.shape)}"
             )
-        if t.dtype != dtype and not (dtype in HALVES and t.dtype == torch.float32):
-            names = f"{dtype} or torch.float32" if dtype in HALVES else f"{dtype}"
-            raise TypeError(f"{name} must be {names} where x is {dtype}, got {t.dtype}")
+        check_parameter_dtype(name, t, "x", dtype)
         if t.device != device:
             raise ValueError(f"{name} must be on the device of x ({device}), got {t.device}")
     if bias is not None and bias.dtype != weight.dtype:

@@ -8,8 +8,6 @@ import torch
 
 from hierkernels.arguments import device_type
 
-HALVES = (torch.bfloat16, torch.float16)
-
 
 @dataclass(slots=True)
 class NormCall:
